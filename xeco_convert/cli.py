@@ -1,0 +1,309 @@
+"""The command `xeco-convert`: argv -> options -> call. The only place with exit codes, prints and progress bars.
+
+Imports torch and transformers only where a command needs them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xeco_convert import __version__
+from xeco_convert.command import run_command
+from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.options import ConvertOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xeco_convert.plan import ConversionPlan
+    from xeco_convert.report import ConversionReport
+
+_TYPES: dict[str, Any] = {"int | None": int, "float | None": float, "str | None": str, "str": str}
+_EPILOG = """\b
+Also:
+  xeco-convert inspect FOLDER    what a converted checkpoint is
+                                 (a folder named inspect is written ./inspect)
+
+Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else."""
+
+
+def _with_convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one click option for each field of ConvertOptions."""
+    for field in reversed(dataclasses.fields(ConvertOptions)):
+        flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        if field.type == "bool":
+            command = click.option(flag, is_flag=True, help=help_text)(command)
+            continue
+        choices = field.metadata["choices"]
+        command = click.option(
+            flag,
+            type=click.Choice(choices) if choices else _TYPES[str(field.type)],
+            default=field.default,
+            show_default=field.default is not None,
+            metavar=field.metadata["metavar"],
+            help=help_text,
+        )(command)
+    return command
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    import platform
+
+    import torch
+    import transformers
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    capability = torch.backends.cpu.get_cpu_capability()
+    click.echo(f"xeco-convert {__version__}")
+    click.echo(
+        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    click.echo(f"cpu: {capability}, {torch.get_num_threads()} threads; gpu: {', '.join(gpus) or 'none'}")
+    context.exit()
+
+
+@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
+@click.argument("source", metavar="IN")
+@click.argument("output", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@_with_convert_options
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the report here.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop; OUT may be left out.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show versions and devices.",
+)
+def convert_command(
+    source: str, output: Path | None, json_file: Path | None, dry_run: bool, quiet: bool, **fields: Any
+) -> None:
+    """Convert the attention of a pretrained model to multi-head latent attention (MLA).
+
+    IN is a checkpoint folder or a Hugging Face hub id; OUT is the folder to write.
+    """
+    options = ConvertOptions(**fields)
+    if output is None and not dry_run:
+        raise OptionError("OUT is missing: give the folder to write, as in `xeco-convert IN OUT --rank 128`.")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
+    plan = _make_plan(source, output, options)
+    if dry_run:
+        _write_json(json_file, plan_summary(plan))
+        if not quiet:
+            _show_plan(plan, on_stdout=True)
+        return
+    assert output is not None
+    if not quiet:
+        _show_plan(plan, on_stdout=False)
+    from xeco_convert.conversion import convert
+
+    with _progress(quiet) as on_progress:
+        report = convert(source, output, options, on_progress=on_progress)
+    _write_json(json_file, report.to_dict())
+    if not quiet:
+        _show_report(report)
+
+
+@click.command()
+@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect_command(folder: Path, as_json: bool) -> None:
+    """Show what a converted checkpoint is: source, initialisation, widths and cache of every layer."""
+    from xeco_convert.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    source = found["source"]
+    revision = f" at {source['revision']}" if source.get("revision") else ""
+    click.echo(
+        f"{folder}: {found['model_type']}, {found['init']} from {source['path']}{revision}, made by {found['tool']}"
+    )
+    columns = (
+        "layer",
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "q_lora_rank",
+        "KV numbers",
+        "key error",
+        "value error",
+    )
+    _print_table(columns, [_inspect_row(row) for row in found["layers"]])
+    before, after = found["kv_bytes_before"], found["kv_bytes_after"]
+    click.echo(f"KV cache: {after} bytes per token, the source's {before}: {after / before:.1%}")
+
+
+_SUBCOMMANDS = {"inspect": inspect_command}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: the subcommand that the first argument names, else the conversion."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command, name = convert_command, "xeco-convert"
+    if given and given[0] in _SUBCOMMANDS:
+        command, name = _SUBCOMMANDS[given[0]], f"xeco-convert {given[0]}"
+        given = given[1:]
+    run_command(command, given, name)
+
+
+def _make_plan(source: str, output: Path | None, options: ConvertOptions) -> ConversionPlan:
+    from xeco_convert.checkpoint.index import CheckpointIndex
+    from xeco_convert.checkpoint.output import check_output
+    from xeco_convert.plan import make_plan
+
+    index = CheckpointIndex.open(source, options.revision)
+    if output is not None:
+        check_output(output, index.folder, overwrite=options.overwrite)
+    return make_plan(index, options)
+
+
+def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
+    """The plan as JSON types, as --dry-run --json writes it."""
+    kept = plan.geometry.cache_width
+    headers = plan.output_headers()
+    return {
+        "model_type": plan.family.model_type,
+        "dtype": plan.dtype,
+        "ranks_are_final": plan.ranks_are_final,
+        "layers": [
+            {
+                "layer": item.layer,
+                "converted": item.shape is not None,
+                "kv_numbers_before": kept,
+                "kv_numbers_after": numbers,
+            }
+            for item, numbers in zip(plan.layers, plan.kv_numbers_per_token(), strict=True)
+        ],
+        "weights_bytes": sum(header.num_bytes for header in headers),
+        "num_tensors": len(headers),
+        "dropped": list(plan.dropped),
+    }
+
+
+def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
+    geometry, options = plan.geometry, plan.options
+    shape = next((item.shape for item in plan.layers if item.shape is not None), None)
+    lines = [
+        f"{plan.index.folder}: {plan.family.model_type}, {geometry.num_hidden_layers} layers, "
+        f"hidden_size {geometry.hidden_size}, {geometry.num_attention_heads} heads in "
+        f"{geometry.num_key_value_heads} key/value groups of head_dim {geometry.head_dim}"
+    ]
+    if shape is not None:
+        rank = (
+            f"kv_lora_rank {shape.kv_lora_rank}" if plan.ranks_are_final else f"kv_lora_rank by energy {options.energy}"
+        )
+        query = "" if shape.q_lora_rank is None else f", q_lora_rank {shape.q_lora_rank}"
+        lines.append(
+            f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {rank}, "
+            f"qk_rope_head_dim {shape.qk_rope_head_dim}, qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
+        )
+    before, after = geometry.cache_width * len(plan.layers), sum(plan.kv_numbers_per_token())
+    bound = "" if plan.ranks_are_final else "at most "
+    lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
+    if after >= before:
+        lines.append("note: this is no smaller than the source's cache; choose a smaller rank")
+    headers = plan.output_headers()
+    lines.append(
+        f"weights: {len(headers)} tensors, {bound}{sum(h.num_bytes for h in headers) / 1e9:.3f} GB, {plan.dtype}"
+    )
+    if plan.dropped:
+        lines.append(f"left out: {', '.join(plan.dropped)}")
+    for line in lines:
+        click.echo(line, err=not on_stdout)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
+    """A progress bar with the time left, on stderr."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _show_report(report: ConversionReport) -> None:
+    columns = ["layer", "kv_lora_rank", "rope dim", "key error", "value error", "KV bytes before", "KV bytes after"]
+    verified = any(layer.exactness_error is not None for layer in report.layers)
+    rows = []
+    for layer in report.layers:
+        row = [
+            layer.layer,
+            layer.kv_lora_rank or "kept",
+            layer.qk_rope_head_dim or "",
+            layer.key_error,
+            layer.value_error,
+        ]
+        row += [numbers * report.kv_bytes_per_number for numbers in (layer.kv_numbers_before, layer.kv_numbers_after)]
+        rows.append(row + ([layer.exactness_error, layer.output_error] if verified else []))
+    _print_table(columns + (["exactness error", "output error"] if verified else []), rows)
+    click.echo(f"KV cache: {report.kv_bytes_before} -> {report.kv_bytes_after} bytes per token ({report.kv_share:.1%})")
+    change = report.parameters_after / report.parameters_before - 1
+    click.echo(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({change:+.1%})")
+    click.echo(
+        f"{report.output}: written in {report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
+    )
+
+
+def _inspect_row(row: dict[str, Any]) -> list[Any]:
+    widths = [row.get(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "q_lora_rank")]
+    first = row.get("kv_lora_rank") or "kept"
+    return [row["layer"], first, *widths, row["kv_numbers_after"], row.get("key_error"), row.get("value_error")]
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A plain table on stdout, the same on a terminal and in a file."""
+    cells = [list(columns)] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    for row in cells:
+        click.echo("  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    return str(value)
+
+
+def _write_json(file: Path | None, data: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"--json: {file} cannot be written ({error.strerror}).") from None

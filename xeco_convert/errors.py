@@ -1,0 +1,34 @@
+"""Every error that a user can cause, each told in one sentence: what, where, expected, found, what to do.
+
+The exit code says who has to act: 2 means that the command line must change, 1 that files, the model or the machine must.
+"""
+
+from __future__ import annotations
+
+
+class XecoError(Exception):
+    """Base of all errors that xeco-convert and xeco-distill raise on purpose; `str(error)` is the sentence."""
+
+    exit_code = 1
+
+
+class OptionError(XecoError):
+    """An option or argument that cannot be served: change the command line."""
+
+    exit_code = 2
+
+
+class CheckpointError(XecoError):
+    """A source or converted checkpoint that is missing, damaged or not what its configuration says."""
+
+
+class UnsupportedModelError(XecoError):
+    """A model whose attention this version does not convert, with the reason."""
+
+
+class OutputError(XecoError):
+    """An output folder that could not be written; nothing is left behind in its place."""
+
+
+class VerificationError(XecoError):
+    """A converted layer that does not reproduce its source where it must."""

@@ -1,0 +1,61 @@
+"""The widths of one MLA layer, and what follows from them. No torch: plans are made of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaShape:
+    """Widths of one converted layer, in DeepSeek's names.
+
+    `rope_index` says which frequency of the source each rotary pair uses (qk_rope_head_dim / 2 entries); None stands for
+    fresh frequencies of the source's rotary type over qk_rope_head_dim, as X-EcoMLA takes them.
+    `biases` names the projections that have one: q, kv_a, kv_b, o.
+    """
+
+    num_attention_heads: int
+    hidden_size: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    latent_norm: bool = False
+    rope_index: tuple[int, ...] | None = None
+    biases: tuple[str, ...] = ()
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head: its un-rotated rows, then its rotary rows."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token: the latent and the one rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """State-dict names below the attention module, with shapes, in the order in which they are stored."""
+        heads, rank = self.num_attention_heads, self.kv_lora_rank
+        rows = {
+            **self._query_rows(),
+            "kv_a_proj_with_mqa": (self.cache_width, self.hidden_size),
+            "kv_b_proj": (heads * (self.qk_nope_head_dim + self.v_head_dim), rank),
+            "o_proj": (self.hidden_size, heads * self.v_head_dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        bias_of = {"q_proj": "q", "q_b_proj": "q", "kv_a_proj_with_mqa": "kv_a", "kv_b_proj": "kv_b", "o_proj": "o"}
+        for name, shape in rows.items():
+            shapes[f"{name}.weight"] = shape
+            if bias_of.get(name) in self.biases:
+                shapes[f"{name}.bias"] = shape[:1]
+            if name == "kv_a_proj_with_mqa" and self.latent_norm:
+                shapes["kv_a_layernorm.weight"] = (rank,)
+        return shapes
+
+    def _query_rows(self) -> dict[str, tuple[int, int]]:
+        width = self.num_attention_heads * self.qk_head_dim
+        if self.q_lora_rank is None:
+            return {"q_proj": (width, self.hidden_size)}
+        return {"q_a_proj": (self.q_lora_rank, self.hidden_size), "q_b_proj": (width, self.q_lora_rank)}

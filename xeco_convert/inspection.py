@@ -1,0 +1,63 @@
+"""What a converted checkpoint is, from its config.json and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xeco_convert.checkpoint import DTYPE_BYTES
+from xeco_convert.checkpoint.index import read_json
+from xeco_convert.conversion import REPORT_FILE
+from xeco_convert.errors import CheckpointError
+from xeco_convert.families import supported_model_types
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MlaLayer
+from xeco_convert.options import DTYPES
+
+_BYTES_OF_DTYPE = dict(zip(DTYPES, (DTYPE_BYTES["F32"], DTYPE_BYTES["BF16"], DTYPE_BYTES["F16"]), strict=True))
+
+
+def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """Source, initialisation, cache sizes and one entry per layer, as JSON types.
+
+    Raises `CheckpointError` where `folder` is no checkpoint that xeco-convert wrote.
+    """
+    config = read_json(Path(folder) / "config.json")
+    model_type = str(config.get("model_type"))
+    family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
+    entries = config.get("mla_layers")
+    if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(entries, list):
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
+        )
+    kept = family.geometry(config).cache_width
+    errors = _layer_errors(Path(folder))
+    layers = [_layer(number, entry, kept, errors.get(number, {})) for number, entry in enumerate(entries)]
+    width = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
+    conversion = config.get("conversion") or {}
+    return {
+        "model_type": model_type,
+        "init": (conversion.get("options") or {}).get("init", "unknown initialisation"),
+        "tool": conversion.get("tool", "an unknown version"),
+        "source": conversion.get("source") or {"path": "an unrecorded source", "revision": None},
+        "layers": layers,
+        "kv_bytes_before": kept * len(layers) * width,
+        "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * width,
+    }
+
+
+def _layer(number: int, entry: dict[str, Any] | None, kept: int, errors: dict[str, Any]) -> dict[str, Any]:
+    if entry is None:
+        return {"layer": number, "kv_numbers_after": kept}
+    try:
+        widths = MlaLayer.from_dict(entry)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"config.json: layer {number}: {error}.") from None
+    return {"layer": number, **widths.to_dict(), "kv_numbers_after": widths.cache_width, **errors}
+
+
+def _layer_errors(folder: Path) -> dict[int, dict[str, Any]]:
+    """Errors by layer, from the report; a checkpoint saved again by transformers has none."""
+    if not (folder / REPORT_FILE).is_file():
+        return {}
+    rows = read_json(folder / REPORT_FILE).get("layers", [])
+    return {row["layer"]: {key: row[key] for key in ("key_error", "value_error")} for row in rows}

@@ -1,0 +1,84 @@
+"""The README.md of a converted checkpoint: what it is, how it was made, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xeco_convert import __version__
+from xeco_convert.plan import ConversionPlan
+from xeco_convert.report import ConversionReport
+
+_BODY = """
+# {title}
+
+Converted from `{source}` ({source_type}) by [xeco-convert](https://pypi.org/project/xeco-convert/) {version}: the attention of
+{converted} of {total} layers is multi-head latent attention (MLA) now. Each such layer caches one latent and one rotary key
+per token instead of the keys and values of all groups.
+
+| | source | this model |
+|---|---|---|
+| KV cache, bytes per token | {before} | {after} ({share:.1%}) |
+| parameters | {parameters_before:,} | {parameters_after:,} |
+
+Initialisation: `{init}`; {ranks}. {advice}
+
+```python
+import xeco_convert  # registers the model type; without the package, pass trust_remote_code=True below
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert inspect FOLDER` prints them.
+"""
+_ADVICE = {
+    "paper": "This is the published initialisation of X-EcoMLA (arXiv 2503.11132): it is meant to be healed by distillation "
+    "(`xeco-distill`) before use, and does not write sensible text until then."
+}
+
+
+def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
+    """Text of the card, with the metadata that the Hugging Face hub reads."""
+    ranks = sorted({layer.kv_lora_rank for layer in report.layers if layer.kv_lora_rank is not None})
+    span = f"kv_lora_rank {ranks[0]}" if len(ranks) == 1 else f"kv_lora_rank {ranks[0]} to {ranks[-1]}"
+    source = plan.index.hub_id or plan.index.folder.name
+    body = _BODY.format(
+        title=f"{source.rpartition('/')[2]} with latent attention",
+        source=source,
+        source_type=plan.family.model_type,
+        version=__version__,
+        converted=len(plan.converted_layers),
+        total=len(plan.layers),
+        before=report.kv_bytes_before,
+        after=report.kv_bytes_after,
+        share=report.kv_share,
+        parameters_before=report.parameters_before,
+        parameters_after=report.parameters_after,
+        init=report.init,
+        ranks=span,
+        advice=_ADVICE[report.init],
+    )
+    return _front_matter(plan) + body
+
+
+def _front_matter(plan: ConversionPlan) -> str:
+    from huggingface_hub import ModelCardData
+
+    data: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "xeco-convert"]}
+    data.update(_inherited(plan))
+    if plan.index.hub_id is not None:
+        data["base_model"] = plan.index.hub_id
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
+
+
+def _inherited(plan: ConversionPlan) -> dict[str, Any]:
+    """Licence and languages that the source's own card states: they hold for what is made from it."""
+    from huggingface_hub import metadata_load
+
+    card = plan.index.folder / "README.md"
+    try:
+        stated = (metadata_load(card) if card.is_file() else None) or {}
+    except ValueError:  # a card with broken front matter says nothing that could be passed on
+        stated = {}
+    return {key: stated[key] for key in ("license", "license_name", "license_link", "language") if key in stated}

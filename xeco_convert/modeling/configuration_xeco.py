@@ -1,0 +1,136 @@
+"""Configuration of a converted model: the source family's own, plus the widths of every MLA layer.
+
+This file is also written beside the weights of converted checkpoints; it needs transformers alone. The class of a family
+is made on first use from the class of its source: `XecoLlamaConfig` extends `LlamaConfig`, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import transformers
+
+MODEL_TYPE_PREFIX = "xeco_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaLayer:
+    """Widths of one converted layer, as config.json holds them.
+
+    `rope_index` says which source frequency each rotary pair uses; None stands for fresh frequencies of the source's
+    rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    latent_norm: bool = False
+    rope_index: tuple[int, ...] | None = None
+    biases: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
+        """Read an entry of config.json. Raises `ValueError` naming unknown keys and widths that cannot be."""
+        unknown = sorted(set(data) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"mla_layers: unknown keys {unknown}; this checkpoint needs a newer xeco-convert")
+        index = data.get("rope_index")
+        layer = cls(
+            **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
+        )
+        if layer.kv_lora_rank < 1 or layer.qk_rope_head_dim < 2 or layer.qk_rope_head_dim % 2 or layer.v_head_dim < 1:
+            raise ValueError(f"mla_layers: widths must be positive and qk_rope_head_dim even, found {dict(data)}")
+        if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
+            raise ValueError(
+                f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
+            )
+        return layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of config.json: plain JSON types."""
+        data = asdict(self)
+        return {
+            **data,
+            "rope_index": None if self.rope_index is None else list(self.rope_index),
+            "biases": list(self.biases),
+        }
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+class XecoConfigMixin:
+    """What every converted configuration adds to its source's: one entry per layer, None where a layer was kept."""
+
+    mla_layers: list[dict[str, Any] | None] | None
+    num_hidden_layers: int
+
+    def layer(self, layer_idx: int) -> MlaLayer | None:
+        """Widths of one layer; None where it keeps the source's attention."""
+        if self.mla_layers is None or len(self.mla_layers) != self.num_hidden_layers:
+            found = None if self.mla_layers is None else len(self.mla_layers)
+            raise ValueError(f"config.json: expected {self.num_hidden_layers} entries in mla_layers, found {found}")
+        entry = self.mla_layers[layer_idx]
+        return None if entry is None else MlaLayer.from_dict(entry)
+
+    def kv_cache_numbers_per_token(self) -> list[int]:
+        """Numbers that each layer caches per token: latent and rotary key, or the keys and values of a kept layer."""
+        kept = 2 * self.num_key_value_heads * self.head_dim_or_default()
+        layers = [self.layer(index) for index in range(self.num_hidden_layers)]
+        return [kept if layer is None else layer.cache_width for layer in layers]
+
+    def head_dim_or_default(self) -> int:
+        """head_dim, which some configurations leave to be computed."""
+        explicit: int | None = self.__dict__.get("head_dim")
+        return explicit or self.hidden_size // self.num_attention_heads
+
+    num_key_value_heads: int
+    num_attention_heads: int
+    hidden_size: int
+
+
+def family_config_class(prefix: str) -> Any:
+    """The configuration class of a converted family: `family_config_class("Llama")` is `XecoLlamaConfig`."""
+    name = f"Xeco{prefix}Config"
+    if name not in globals():
+        source = getattr(transformers, f"{prefix}Config")
+        attributes = {
+            "__module__": __name__,
+            "__doc__": f"{source.__name__} of a model whose attention was converted to MLA by xeco-convert.",
+            "__annotations__": {"mla_layers": list | None, "conversion": dict | None, "auto_map": dict | None},
+            "model_type": f"{MODEL_TYPE_PREFIX}{source.model_type}",
+            "mla_layers": None,
+            "conversion": None,
+            "auto_map": field(default_factory=partial(auto_map, prefix)),
+            # The source's tensor-parallel plan names projections that are no more; attention stays whole on each device.
+            "base_model_tp_plan": _without_attention(source.base_model_tp_plan),
+        }
+        globals()[name] = type(name, (XecoConfigMixin, source), attributes)
+    return globals()[name]
+
+
+def auto_map(prefix: str) -> dict[str, str]:
+    """Which class of the files beside the weights each Auto class loads, for machines without this package."""
+    return {
+        "AutoConfig": f"configuration_xeco.Xeco{prefix}Config",
+        "AutoModel": f"modeling_xeco.Xeco{prefix}Model",
+        "AutoModelForCausalLM": f"modeling_xeco.Xeco{prefix}ForCausalLM",
+    }
+
+
+def _without_attention(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if plan is None else {name: how for name, how in plan.items() if ".self_attn." not in name}
+
+
+def __getattr__(name: str) -> Any:
+    """`configuration_xeco.XecoLlamaConfig` and its kin, made on first use."""
+    if name.startswith("Xeco") and name.endswith("Config"):
+        return family_config_class(name.removeprefix("Xeco").removesuffix("Config"))
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,82 @@
+"""What a conversion did, as data: ranks, errors and bytes; the table and the JSON are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer. KV numbers are cached numbers per token; errors are relative Frobenius errors, None for kept layers.
+
+    `exactness_error` and `output_error` (relative, of the attention's output) are there for layers that --verify took.
+    """
+
+    layer: int
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int | None
+    key_error: float | None
+    value_error: float | None
+    kv_numbers_before: int
+    kv_numbers_after: int
+    exactness_error: float | None = None
+    output_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """The whole conversion. Seconds and memory are left out of the file in OUT, which is the same for the same input."""
+
+    source: str
+    output: str
+    init: str
+    model_type: str
+    dtype: str
+    layers: tuple[LayerReport, ...]
+    kv_bytes_per_number: int
+    parameters_before: int
+    parameters_after: int
+    dropped: tuple[str, ...]
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """KV bytes per token of the source, all layers."""
+        return sum(layer.kv_numbers_before for layer in self.layers) * self.kv_bytes_per_number
+
+    @property
+    def kv_bytes_after(self) -> int:
+        """KV bytes per token of the converted model, all layers."""
+        return sum(layer.kv_numbers_after for layer in self.layers) * self.kv_bytes_per_number
+
+    @property
+    def kv_share(self) -> float:
+        """Size of the converted cache as a share of the source's."""
+        return self.kv_bytes_after / self.kv_bytes_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        totals = {
+            "kv_bytes_before": self.kv_bytes_before,
+            "kv_bytes_after": self.kv_bytes_after,
+            "kv_share": self.kv_share,
+        }
+        return {**dataclasses.asdict(self), **totals}
+
+    def reproducible(self) -> dict[str, Any]:
+        """What is the same for the same input: without paths, time and memory."""
+        ephemeral = ("seconds", "peak_memory_bytes", "output", "source")
+        return {key: value for key, value in self.to_dict().items() if key not in ephemeral}
+
+    def with_checks(self, checks: dict[int, tuple[float, float]]) -> ConversionReport:
+        """The report with (exactness, output) errors of the layers that were verified."""
+        layers = tuple(
+            dataclasses.replace(layer, exactness_error=checks[layer.layer][0], output_error=checks[layer.layer][1])
+            if layer.layer in checks
+            else layer
+            for layer in self.layers
+        )
+        return dataclasses.replace(self, layers=layers)
