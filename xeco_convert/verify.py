@@ -7,14 +7,12 @@ on random normalised inputs, which says something about the initialisation.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xeco_convert.calibration.stream import source_config
 from xeco_convert.errors import VerificationError
 from xeco_convert.factorize import MlaAttention, MlaShape, SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
@@ -39,7 +37,7 @@ class LayerChecker:
 
     def __init__(self, plan: ConversionPlan) -> None:
         self._plan = plan
-        self._config = _source_config(plan)
+        self._config = source_config(plan)
         with torch.device("meta"):
             from transformers import AutoModel
 
@@ -110,15 +108,3 @@ class LayerChecker:
         module = LatentSelfAttention(self._config, original, widths, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})
         return module
-
-
-def _source_config(plan: ConversionPlan) -> Any:
-    """The source's configuration as transformers reads it, for float32 on the CPU."""
-    from transformers import AutoConfig
-
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(plan.index.config)), encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder)
-    config._attn_implementation = "sdpa"
-    config.dtype = torch.float32
-    return config

@@ -1,0 +1,85 @@
+"""Calibration text sampled from the source model itself: what it writes is what it was trained on, and no data is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xeco_convert.calibration.windows import CalibrationWindows
+from xeco_convert.errors import CheckpointError
+
+_BATCH_ROWS = 32
+
+
+@torch.no_grad()
+def sample_windows(
+    folder: Path, *, weights_bytes: int, length: int, num_tokens: int, seed: int, device: torch.device
+) -> CalibrationWindows:
+    """About `num_tokens` tokens sampled at temperature 1 from the model in `folder`, in windows of `length`.
+
+    Loads the whole model, so it is refused (`CheckpointError`) where the machine's free memory does not hold it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_memory(folder, weights_bytes, device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    rows = max(1, -(-num_tokens // length))
+    start = _start_token(model.config)
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        parts = [
+            _sample(model, min(_BATCH_ROWS, rows - done), length, start).cpu() for done in range(0, rows, _BATCH_ROWS)
+        ]
+    finally:
+        torch.random.set_rng_state(generator_state)
+    ids = torch.cat(parts)
+    special = [token for token in (model.config.bos_token_id, model.config.pad_token_id) if isinstance(token, int)]
+    counts = ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
+    return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
+
+
+def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
+    """Token ids [rows, length]. A sequence that ends goes on with the next one, as packed training text does."""
+    from transformers import GenerationConfig
+
+    prompt = torch.full((rows, 1), start, device=model.device)
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, eos_token_id=None, pad_token_id=0
+    )
+    model.generation_config = settings
+    tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    return tokens
+
+
+def _start_token(config: Any) -> int:
+    """The token that texts begin with: bos, else eos (which separates them), else 0."""
+    for token in (config.bos_token_id, config.eos_token_id):
+        if isinstance(token, list) and token:
+            return int(token[0])
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _check_memory(folder: Path, weights_bytes: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_memory_bytes()
+    if weights_bytes * 1.2 > free:
+        raise CheckpointError(
+            f"{folder}: sampling calibration text needs the whole source in memory ({weights_bytes / 1e9:.0f} GB, "
+            f"{free / 1e9:.0f} GB are free); give text instead: --calibration FILE."
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping; a large number where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return 2**62
+    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,109 @@
+"""Documents to calibrate on: .txt, .jsonl or .parquet files, or a data set by name, through the source's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from xeco_convert.calibration.windows import CalibrationWindows, windows_of_documents
+from xeco_convert.errors import CheckpointError
+
+_MOST_DOCUMENTS = 100_000
+
+
+def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int) -> CalibrationWindows:
+    """Windows of about `num_tokens` tokens from what --calibration names, tokenized as the checkpoint in `folder` does.
+
+    A .txt file is one document. Records of other kinds have a field `text`, or `messages` that go through the chat
+    template. Raises `CheckpointError` for a missing or empty source, records with neither field, too little text.
+    """
+    tokenizer = load_tokenizer(folder)
+    documents: list[list[int]] = []
+    found = 0
+    for record in islice(_records(calibration), _MOST_DOCUMENTS):
+        documents.append(_tokens(record, tokenizer, calibration))
+        found += len(documents[-1])
+        if found >= num_tokens:
+            break
+    windows = windows_of_documents(
+        documents,
+        length=length,
+        num_tokens=num_tokens,
+        special_ids=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
+        description=calibration,
+    )
+    return windows.checked(tokenizer.unk_token_id)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises `CheckpointError` where it has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: no tokenizer could be loaded ({reason}), which calibration text needs; add the tokenizer files."
+        ) from None
+
+
+def _records(calibration: str) -> Iterator[Mapping[str, Any]]:
+    path = Path(calibration)
+    if path.suffix == ".txt" and path.is_file():
+        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
+    elif path.suffix in (".jsonl", ".json") and path.is_file():
+        yield from _json_lines(path)
+    elif path.suffix in (".txt", ".jsonl", ".json", ".parquet") and not path.is_file():
+        raise CheckpointError(f"--calibration: {calibration} was not found; give an existing file or a data set's name.")
+    else:
+        yield from _data_set(calibration, path)
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict):
+                raise CheckpointError(f"--calibration: {path}, line {number}: expected a JSON object, found something else.")
+            yield record
+
+
+def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
+    """Records of a parquet file or a named data set (name, name:split), streamed by the datasets library."""
+    try:
+        import datasets
+    except ImportError:
+        raise CheckpointError(
+            f"--calibration: {calibration} needs the datasets library; pip install datasets, or give .txt or .jsonl."
+        ) from None
+    try:
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)  # type: ignore[no-any-return]
+        name, _, split = calibration.partition(":")
+        return datasets.load_dataset(name, split=split or "train", streaming=True)  # type: ignore[no-any-return]
+    except Exception as error:  # noqa: BLE001 - the library raises errors of many libraries below it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"--calibration: {calibration} could not be opened ({reason}).") from None
+
+
+def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list[int]:
+    if isinstance(record.get("messages"), list):
+        if not tokenizer.chat_template:
+            raise CheckpointError(f"--calibration: {calibration} holds chats, and the source has no chat template; give text.")
+        encoded = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"--calibration: {calibration}: expected records with a field text or messages, found {sorted(record)}."
+        )
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
