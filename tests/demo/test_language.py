@@ -51,9 +51,8 @@ def test_shuffled_sentences_are_rejected() -> None:
             if words != sentence[:-1].split():
                 shuffled.append(" ".join(words) + sentence[-1])
     accepted = [sentence for sentence in shuffled if is_grammatical(sentence)]
-    # "There were" and a few others have a second order that is a sentence too, as when two names change places.
     assert len(shuffled) > 2000
-    assert len(accepted) / len(shuffled) < 0.01
+    assert accepted == []
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_answers_follow_from_the_story() -> None:
         *told, asked = split_sentences(story)
         assert asked.endswith("?") and is_grammatical(answer)
         # The word that the answer adds to its question has been said before.
-        new = set(re.findall(r"\w+", answer)) - set(re.findall(r"\w+", asked)) - {"The", "They", "There", "went"}
+        new = set(re.findall(r"\w+", answer)) - set(re.findall(r"\w+", asked)) - {"The", "They", "There", "went", "It"}
         said = set(re.findall(r"\w+", " ".join(told)))
         assert new <= said | {"had", "to", "the"}, (story, answer)
 

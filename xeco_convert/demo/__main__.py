@@ -1,0 +1,66 @@
+"""`python -m xeco_convert.demo`: the main job on the embedded model, from conversion to text. No download."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xeco_convert.cli import convert_command
+from xeco_convert.command import run_command
+from xeco_convert.demo import MODEL_FOLDER
+
+_PROMPT_TOKENS = 12
+_NEW_TOKENS = 60
+
+
+@click.command()
+@click.option(
+    "--output", type=click.Path(path_type=Path), default="demo-output", show_default=True, help="Folder to write, replaced."
+)
+@click.option("--rank", default=48, show_default=True, help="kv_lora_rank.")
+@click.option("--rope-dim", default=16, show_default=True, help="qk_rope_head_dim.")
+def demo_command(output: Path, rank: int, rope_dim: int) -> None:
+    """Convert the embedded model, then generate from source and converted model and measure both caches."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    arguments = [str(MODEL_FOLDER), str(output), "--rank", str(rank), "--rope-dim", str(rope_dim), "--verify", "--overwrite"]
+    click.echo(f"$ xeco-convert {' '.join(arguments)}")
+    convert_command.main(args=arguments, prog_name="xeco-convert", standalone_mode=False)
+    prompt = _prompt()
+    for title, folder in (("source", MODEL_FOLDER), ("converted", output)):
+        text, measured_bytes, num_tokens = generate(folder, prompt)
+        click.echo(f"\n{title}: {text}")
+        click.echo(f"{title}: {measured_bytes} bytes in the KV cache after {num_tokens} tokens")
+
+
+def generate(folder: Path, prompt: str) -> tuple[str, int, int]:
+    """Greedy text of the model in `folder`, the bytes its cache really holds, and the number of tokens in it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)
+    cache = DynamicCache(config=model.config)
+    tokens = model.generate(
+        **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, past_key_values=cache, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True), cache_bytes(cache), cache.get_seq_length()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the memory behind all tensors of a transformers cache, whatever part of it the tensors show."""
+    storages = [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _prompt() -> str:
+    from xeco_convert.demo.language import generate_text
+
+    return " ".join(generate_text(num_stories=1, seed=2026).split()[:_PROMPT_TOKENS])
+
+
+if __name__ == "__main__":
+    run_command(demo_command, sys.argv[1:], "xeco_convert.demo")
