@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.report import ConversionReport
 
-_TYPES: dict[str, Any] = {"int | None": int, "float | None": float, "str | None": str, "str": str}
+_TYPES: dict[str, Any] = {"int": int, "int | None": int, "float | None": float, "str | None": str, "str": str}
 _EPILOG = """\b
 Also:
   xeco-convert inspect FOLDER    what a converted checkpoint is
@@ -234,7 +234,7 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
+def _progress(quiet: bool) -> Iterator[Callable[[str, float], None] | None]:
     """A progress bar with the time left, on stderr."""
     if quiet:
         yield None
@@ -251,8 +251,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, float, float], None] | Non
 
     columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
 
 
 def _show_report(report: ConversionReport) -> None:

@@ -6,31 +6,48 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import click
 
 from xeco_convert.errors import XecoError
 
+_INTERRUPTED = "interrupted; nothing was written."
+
 
 def run_command(command: click.Command, arguments: list[str], name: str) -> None:
     """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run cleans up as Ctrl-C does
+    interrupts = _take_interrupts()
     try:
         sys.exit(command.main(args=arguments, prog_name=name, standalone_mode=False) or 0)
-    except XecoError as error:
-        _fail(name, str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail(name, "interrupted; nothing was written.", 1)
+        _fail(name, _INTERRUPTED, 1)
+    except Exception as error:
+        if interrupts:  # libraries turn an interrupt that reaches them into errors of their own
+            _fail(name, _INTERRUPTED, 1)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if not isinstance(error, XecoError):
+            raise
+        _fail(name, str(error), error.exit_code)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _take_interrupts() -> list[int]:
+    """Make SIGTERM clean up as Ctrl-C does; the list fills with the signals that come."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background, or under nohup
+            signal.signal(number, interrupt)
+    return interrupts
 
 
-def _fail(name: str, sentence: str, code: int) -> None:
+def _fail(name: str, sentence: str, code: int) -> NoReturn:
     click.echo(f"{name}: {sentence}", err=True)
     sys.exit(code)

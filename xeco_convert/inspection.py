@@ -30,9 +30,11 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
         )
     kept = family.geometry(config).cache_width
-    errors = _layer_errors(Path(folder))
+    report = _report(Path(folder))
+    errors = {row["layer"]: {key: row[key] for key in ("key_error", "value_error")} for row in report.get("layers", [])}
     layers = [_layer(number, entry, kept, errors.get(number, {})) for number, entry in enumerate(entries)]
-    width = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
+    stated = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
+    width = report.get("kv_bytes_per_number", stated)  # config.json may leave the dtype out; the report never does
     conversion = config.get("conversion") or {}
     return {
         "model_type": model_type,
@@ -55,9 +57,6 @@ def _layer(number: int, entry: dict[str, Any] | None, kept: int, errors: dict[st
     return {"layer": number, **widths.to_dict(), "kv_numbers_after": widths.cache_width, **errors}
 
 
-def _layer_errors(folder: Path) -> dict[int, dict[str, Any]]:
-    """Errors by layer, from the report; a checkpoint saved again by transformers has none."""
-    if not (folder / REPORT_FILE).is_file():
-        return {}
-    rows = read_json(folder / REPORT_FILE).get("layers", [])
-    return {row["layer"]: {key: row[key] for key in ("key_error", "value_error")} for row in rows}
+def _report(folder: Path) -> dict[str, Any]:
+    """The conversion's report; a checkpoint saved again by transformers has none."""
+    return read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}

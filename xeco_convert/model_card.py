@@ -33,8 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert inspect FOLDER` prints them.
 """
 _ADVICE = {
+    "calibrated": "Factors in closed form from the source's own activations (xeco-convert's calibrated initialisation).",
     "paper": "This is the published initialisation of X-EcoMLA (arXiv 2503.11132): it is meant to be healed by distillation "
-    "(`xeco-distill`) before use, and does not write sensible text until then."
+    "(`xeco-distill`) before use, and does not write sensible text until then.",
 }
 
 

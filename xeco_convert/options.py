@@ -9,7 +9,7 @@ from typing import Any
 
 from xeco_convert.errors import OptionError
 
-INITS = ("paper",)
+INITS = ("calibrated", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,17 +26,51 @@ class ConvertOptions:
     (a rank above the full rank, a layer out of range) are refused by the plan, before any weight is read.
     """
 
-    init: str = _option("Initialisation of the latent factors.", "paper", choices=INITS)
+    init: str = _option(
+        "How the factors are made: calibrated (closed form from the model's activations) or paper (X-EcoMLA as published).",
+        "calibrated",
+        choices=INITS,
+    )
+    kv_size: str | None = _option(
+        "Size of the KV cache as a share of the source's, e.g. 25%; split over layers, latent and rotary key by sensitivity.",
+        metavar="SHARE",
+    )
+    kv_bytes_per_token: int | None = _option("The same, as bytes per token of the whole model.", metavar="N")
     rank: int | None = _option("kv_lora_rank: width of the KV latent of each layer.", metavar="N")
     energy: float | None = _option(
         "Rank per layer: keep singular values up to this share of the squared spectrum, rounded up to a multiple of 8.",
         metavar="SHARE",
     )
-    rope_dim: int | None = _option("qk_rope_head_dim: width of the shared rotary key. [head_dim / 2]", metavar="P")
-    nope_dim: int | None = _option("qk_nope_head_dim: un-rotated width of each head. [head_dim - P]", metavar="N")
+    rope_dim: int | None = _option(
+        "qk_rope_head_dim: width of the shared rotary key. [64 or head_dim where that is smaller; paper: head_dim / 2]",
+        metavar="P",
+    )
+    rank_multiple: int | None = _option(
+        "With a KV size: widths are multiples of this. [16, or less for caches below 256 numbers]", metavar="N"
+    )
+    nope_dim: int | None = _option(
+        "paper: qk_nope_head_dim, un-rotated width of each head. [head_dim - P]", metavar="N"
+    )
     q_rank: int | None = _option("q_lora_rank: also factorise the queries at this rank. [off]", metavar="N")
     fixed_ends: bool = _option("With --energy: first and last layer take --rank instead.", False)
     latent_norm: bool = _option("Put an RMSNorm on the latent (kv_a_layernorm), as DeepSeek does.", False)
+    calibration: str | None = _option(
+        "Text to calibrate on: .txt, .jsonl, .parquet (fields text or messages) or a data set's name. "
+        "[sampled from the source model]",
+        metavar="TEXT",
+    )
+    calibration_tokens: int = _option("Tokens to calibrate on.", 16384, metavar="N")
+    seed: int = _option("Seed of sampling and regression.", 0, metavar="N")
+    refine: bool = _option(
+        "Regress each layer on the source's outputs after the closed form: minutes, much better.", False
+    )
+    refine_steps: int | None = _option("With --refine: steps for each layer. [200]", metavar="N")
+    refine_minutes: float | None = _option(
+        "With --refine: stop starting layers' regressions after this time.", metavar="M"
+    )
+    work_dir: str | None = _option(
+        "Keep calibration results here, and continue from them after an interruption.", metavar="DIR"
+    )
     layers: str | None = _option("Layers to convert, as 0-3,7; the others keep their attention. [all]", metavar="LIST")
     dtype: str | None = _option("Store weights in this dtype. [the source's]", choices=DTYPES)
     device: str = _option("Device for the decompositions: cpu, cuda, cuda:1, ...", "cpu", metavar="DEVICE")
@@ -54,22 +88,69 @@ class ConvertOptions:
         rope = self.rope_dim
         _require(rope is None or (rope >= 2 and rope % 2 == 0), "--rope-dim", "an even number of at least 2", rope)
         _require(self.energy is None or 0 < self.energy <= 1, "--energy", "a share in (0, 1]", self.energy)
-        if self.rank is None and self.energy is None:
-            raise OptionError(
-                "no size was given for the KV latent: add --rank N (for example --rank 128) or --energy SHARE."
-            )
         self._check_rank_policy()
+        self._check_calibration()
         parse_size(self.max_shard_size)
+        if self.kv_size is not None:
+            parse_share(self.kv_size)
         if self.layers is not None:
             parse_layers(self.layers)
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether the widths are chosen to meet a KV budget."""
+        return self.kv_size is not None or self.kv_bytes_per_token is not None
+
     def _check_rank_policy(self) -> None:
-        if self.fixed_ends and (self.rank is None or self.energy is None):
+        given = [flag for flag, value in self._rank_policies().items() if value is not None]
+        if not given:
+            raise OptionError(
+                "no KV size was given: add --kv-size 25%, --rank 128, or another of --energy, --kv-bytes-per-token."
+            )
+        if self.fixed_ends and set(given) != {"--rank", "--energy"}:
             raise OptionError(
                 "--fixed-ends needs both --energy (for the inner layers) and --rank (for the first and last)."
             )
-        if self.rank is not None and self.energy is not None and not self.fixed_ends:
-            raise OptionError("--rank and --energy both set the rank: give one, or add --fixed-ends to use both.")
+        if len(given) > 1 and not self.fixed_ends:
+            raise OptionError(f"{' and '.join(given)} all set the rank: give one of them.")
+        if self.has_budget and self.rope_dim is not None:
+            raise OptionError(
+                "--rope-dim: a KV size chooses the rotary width itself; give --rank with it, or leave it out."
+            )
+        if self.rank_multiple is not None and (self.rank_multiple < 2 or self.rank_multiple % 2 or not self.has_budget):
+            raise OptionError(
+                "--rank-multiple: expected an even number of at least 2, together with --kv-size; change the value."
+            )
+
+    def _rank_policies(self) -> dict[str, object]:
+        names = ("rank", "energy", "kv_size", "kv_bytes_per_token")
+        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
+
+    def _check_calibration(self) -> None:
+        _require(
+            self.calibration_tokens >= 1, "--calibration-tokens", "a positive whole number", self.calibration_tokens
+        )
+        for flag, value in (("--refine-steps", self.refine_steps), ("--refine-minutes", self.refine_minutes)):
+            _require(value is None or value > 0, flag, "a positive number", value)
+            if value is not None and not self.refine:
+                raise OptionError(f"{flag}: only with --refine; add it, or leave {flag} out.")
+        positive = self.kv_bytes_per_token is None or self.kv_bytes_per_token > 0
+        _require(positive, "--kv-bytes-per-token", "a positive whole number", self.kv_bytes_per_token)
+        if self.init == "paper":
+            calibrated_only: dict[str, object] = {
+                "--kv-size": self.kv_size,
+                "--kv-bytes-per-token": self.kv_bytes_per_token,
+            }
+            calibrated_only |= {"--calibration": self.calibration, "--refine": self.refine or None}
+            for flag, given in calibrated_only.items():
+                if given is not None:
+                    raise OptionError(
+                        f"{flag}: not with --init paper, which looks at weights alone; leave one of them out."
+                    )
+        elif self.nope_dim is not None:
+            raise OptionError(
+                "--nope-dim: only with --init paper; the calibrated initialisation keeps whole un-rotated queries."
+            )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -93,11 +174,22 @@ def parse_size(text: str) -> int:
     return size_bytes
 
 
+def parse_share(text: str) -> float:
+    """Share in a text such as 25% or 0.25. Raises `OptionError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise OptionError(
+            f"--kv-size: expected a share such as 25% or 0.25, at most 100%, found {text!r}; change the value."
+        )
+    return share
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Sorted layer numbers of a list such as 0-3,7. Raises `OptionError`."""
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise OptionError(f"--layers: expected a list such as 0-3,7, found {text!r}; change the value.")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One layer. KV numbers are cached numbers per token; errors are relative Frobenius errors, None for kept layers.
+    """One layer. KV numbers are cached numbers per token; key and value errors are relative, None for kept layers.
 
+    `details`: what the initialisation knows beyond that (expected and measured errors, rotary frequencies, spectrum).
     `exactness_error` and `output_error` (relative, of the attention's output) are there for layers that --verify took.
     """
 
@@ -21,13 +22,16 @@ class LayerReport:
     value_error: float | None
     kv_numbers_before: int
     kv_numbers_after: int
+    details: dict[str, Any] = field(default_factory=dict)
     exactness_error: float | None = None
     output_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The whole conversion. Seconds and memory are left out of the file in OUT, which is the same for the same input."""
+    """The whole conversion. `summary`: calibration text and step-0 quality, where the initialisation has them.
+
+    Seconds and memory are left out of the file in OUT, which is the same for the same input."""
 
     source: str
     output: str
@@ -39,6 +43,7 @@ class ConversionReport:
     parameters_before: int
     parameters_after: int
     dropped: tuple[str, ...]
+    summary: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 

@@ -47,7 +47,13 @@ def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
 
     prompt = torch.full((rows, 1), start, device=model.device)
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, eos_token_id=None, pad_token_id=0
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     model.generation_config = settings
     tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)

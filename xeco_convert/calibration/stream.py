@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
+from xeco_convert.factorize.forward import AttentionContext
 from xeco_convert.plan import ConversionPlan
 
 BATCH_WINDOWS = 4
@@ -39,7 +40,15 @@ class LayerView:
     sin: Tensor
     mask: Tensor
 
-    @torch.no_grad()
+    def context(self) -> AttentionContext:
+        """What the attention is called with beside its input."""
+        return AttentionContext(cos=self.cos, sin=self.sin, mask=self.mask, softmax_scale=self.softmax_scale)
+
+    def batches(self, hidden: Tensor) -> Iterator[slice]:
+        """Slices of a few windows each."""
+        for start in range(0, hidden.shape[0], BATCH_WINDOWS):
+            yield slice(start, min(start + BATCH_WINDOWS, hidden.shape[0]))
+
     def run(self, inputs: Tensor) -> Tensor:
         """Output of the whole decoder layer on some windows [w, T, X]."""
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
@@ -51,12 +60,50 @@ class LayerView:
             past_key_values=None,
             use_cache=False,
         )
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
-    @torch.no_grad()
+    def run_with_attention(self, inputs: Tensor, attention_output: Tensor) -> Tensor:
+        """Output of the decoder layer on windows [w, T, X], had its attention given `attention_output` [w, T, X]."""
+        original = self.layer.self_attn
+        self.layer.self_attn = _Given(attention_output)
+        try:
+            return self.run(inputs)
+        finally:
+            self.layer.self_attn = original
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.layer.self_attn.scaling)  # type: ignore[union-attr,arg-type]
+
     def normed(self, inputs: Tensor) -> Tensor:
         """What the attention gets: the residual stream after the input norm."""
         return self.layer.input_layernorm(inputs)  # type: ignore[operator,no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputHead:
+    """Final norm and vocabulary projection [vocabulary, X] of the source, float32."""
+
+    norm: nn.Module
+    weight: Tensor
+
+    @torch.no_grad()
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Log probabilities [n, vocabulary] of hidden states [n, X]."""
+        logits: Tensor = self.norm(hidden) @ self.weight.T
+        return logits.log_softmax(dim=-1)
+
+
+class _Given(nn.Module):
+    """Stands in for an attention module, with an output that is known already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *_arguments: Any, **_named: Any) -> tuple[Tensor, None]:
+        return self._output, None
 
 
 class SourceStream:
@@ -85,17 +132,24 @@ class SourceStream:
                 number=number,
                 layer=self._loaded(self._skeleton.layers[number], f"model.layers.{number}."),
                 inputs=hidden,
-                counts=self._windows.counts,
+                counts=self._windows.counts.to(self._device),
                 cos=self._cos,
                 sin=self._sin,
                 mask=self._mask(number),
             )
             yield view
-            # in place: the states before the layer are not needed again
-            for start in range(0, hidden.shape[0], BATCH_WINDOWS):
-                part = slice(start, start + BATCH_WINDOWS)
-                hidden[part] = view.run(hidden[part].to(self._device)).to(hidden.device)
+            with torch.no_grad():  # in place: the states before the layer are not needed again
+                for part in view.batches(hidden):
+                    hidden[part] = view.run(hidden[part])
             view.layer.to("meta")
+
+    def output_head(self) -> OutputHead:
+        """What follows the last layer: final norm and vocabulary projection."""
+        norm = self._loaded(self._skeleton.norm, "model.norm.")
+        tied = "lm_head.weight" not in self._plan.index.headers or "lm_head.weight" in self._plan.dropped
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        weight = self._reader.read(name, dtype=torch.float32, device=self._device)
+        return OutputHead(norm=norm, weight=weight)
 
     def _embedded(self) -> Tensor:
         """Hidden states before the first layer [W, T, X]: only the rows of the tokens that occur are kept."""
@@ -106,7 +160,7 @@ class SourceStream:
             inside = (wanted >= start) & (wanted < start + chunk.shape[0])
             rows[inside] = chunk[wanted[inside] - start].float()
             start += chunk.shape[0]
-        return rows[places]
+        return rows[places].to(self._device)
 
     def _loaded(self, skeleton: nn.Module, prefix: str) -> nn.Module:
         """A layer of the skeleton with its weights, float32."""

@@ -17,8 +17,10 @@ _MOST_DOCUMENTS = 100_000
 def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int) -> CalibrationWindows:
     """Windows of about `num_tokens` tokens from what --calibration names, tokenized as the checkpoint in `folder` does.
 
-    A .txt file is one document. Records of other kinds have a field `text`, or `messages` that go through the chat
-    template. Raises `CheckpointError` for a missing or empty source, records with neither field, too little text.
+    A .txt file is one document, a .json file holds arrays of token ids. Records of other kinds have a field `text`, or
+    `messages` that go through the chat template, or `input_ids`.
+
+    Raises `CheckpointError` for a missing or empty source, records without such a field, too little text.
     """
     tokenizer = load_tokenizer(folder)
     documents: list[list[int]] = []
@@ -30,7 +32,7 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
             break
     windows = windows_of_documents(
         documents,
-        length=length,
+        length=min(length, max((len(document) for document in documents), default=1)),
         num_tokens=num_tokens,
         special_ids=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
         description=calibration,
@@ -55,12 +57,30 @@ def _records(calibration: str) -> Iterator[Mapping[str, Any]]:
     path = Path(calibration)
     if path.suffix == ".txt" and path.is_file():
         yield {"text": path.read_text(encoding="utf-8", errors="replace")}
-    elif path.suffix in (".jsonl", ".json") and path.is_file():
+    elif path.suffix == ".json" and path.is_file():
+        yield from _token_lists(path)
+    elif path.suffix == ".jsonl" and path.is_file():
         yield from _json_lines(path)
     elif path.suffix in (".txt", ".jsonl", ".json", ".parquet") and not path.is_file():
-        raise CheckpointError(f"--calibration: {calibration} was not found; give an existing file or a data set's name.")
+        raise CheckpointError(
+            f"--calibration: {calibration} was not found; give an existing file or a data set's name."
+        )
     else:
         yield from _data_set(calibration, path)
+
+
+def _token_lists(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Sequences of token ids, as a JSON array of arrays: text that is tokenized already."""
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        lists = None
+    if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
+        raise CheckpointError(
+            f"--calibration: {path}: expected a JSON array of arrays of token ids, found something else."
+        )
+    for item in lists:
+        yield {"input_ids": item}
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -73,7 +93,9 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             except json.JSONDecodeError:
                 record = None
             if not isinstance(record, dict):
-                raise CheckpointError(f"--calibration: {path}, line {number}: expected a JSON object, found something else.")
+                raise CheckpointError(
+                    f"--calibration: {path}, line {number}: expected a JSON object, found something else."
+                )
             yield record
 
 
@@ -90,20 +112,24 @@ def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
             return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)  # type: ignore[no-any-return]
         name, _, split = calibration.partition(":")
         return datasets.load_dataset(name, split=split or "train", streaming=True)  # type: ignore[no-any-return]
-    except Exception as error:  # noqa: BLE001 - the library raises errors of many libraries below it
+    except Exception as error:  # the library passes on errors of many libraries below it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"--calibration: {calibration} could not be opened ({reason}).") from None
 
 
 def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list[int]:
+    if isinstance(record.get("input_ids"), list):
+        return [int(token) for token in record["input_ids"]]
     if isinstance(record.get("messages"), list):
         if not tokenizer.chat_template:
-            raise CheckpointError(f"--calibration: {calibration} holds chats, and the source has no chat template; give text.")
+            raise CheckpointError(
+                f"--calibration: {calibration} holds chats, and the source has no chat template; give text."
+            )
         encoded = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
     text = record.get("text")
     if not isinstance(text, str):
         raise CheckpointError(
-            f"--calibration: {calibration}: expected records with a field text or messages, found {sorted(record)}."
+            f"--calibration: {calibration}: expected records with a field text, messages or input_ids, found {sorted(record)}."
         )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

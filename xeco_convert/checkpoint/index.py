@@ -94,7 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not found; expected a Hugging Face checkpoint folder with {path.name}."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected JSON, found what cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:  # no JSON or no UTF-8; numbers or nesting beyond what Python reads
         raise CheckpointError(
             f"{path}: expected JSON, found something else ({error}); download the file again."
         ) from None
@@ -181,8 +183,11 @@ def _check_frame(file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file}: not found, although the index names it; download the checkpoint again.")
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions.") from None
     if len(start) < 8:
         raise CheckpointError(f"{file}: truncated: {size} bytes, expected a safetensors header; download it again.")
     (header_bytes,) = struct.unpack("<Q", start)

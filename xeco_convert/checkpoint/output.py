@@ -9,6 +9,13 @@ from xeco_convert.errors import OptionError, OutputError
 
 def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     """Refuse an OUT that exists (unless it may be replaced), or that overlaps IN. Raises `OptionError` or `OutputError`."""
+    try:
+        _check_place(output, source, overwrite=overwrite)
+    except OSError as error:  # a folder on the way that may not even be looked into
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another OUT.") from None
+
+
+def _check_place(output: Path, source: Path, *, overwrite: bool) -> None:
     target = output.absolute()
     resolved = target.resolve()
     if resolved == source or source in resolved.parents or resolved in source.parents:

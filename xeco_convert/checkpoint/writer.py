@@ -8,6 +8,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +59,7 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._streams: dict[str, BinaryIO] = {}
         self._folder: Path | None = None
+        self._missing_parents: list[Path] = []
 
     @property
     def folder(self) -> Path:
@@ -67,6 +69,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         parent = self._output.parent
+        self._missing_parents = [folder for folder in self._output.parents if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self._output.name}.", dir=parent))
@@ -159,24 +162,25 @@ class CheckpointWriter:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-        replaced = None
-        if self._output.exists():
-            if not self._overwrite:
-                raise OutputError(
-                    f"{self._output} appeared while the conversion ran; it was left as it is. Choose another OUT."
-                )
-            replaced = Path(tempfile.mkdtemp(prefix=f".{self._output.name}.replaced.", dir=self._output.parent))
-            self._output.rename(replaced / "old")
+        if self._output.exists() and not self._overwrite and any(self._output.iterdir()):
+            raise OutputError(
+                f"{self._output} appeared while the conversion ran; it was left as it is. Choose another OUT."
+            )
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Rename the folder to `output`. What was there goes only when the new one stands, and comes back otherwise."""
+        aside = self.folder.with_name(f"{self.folder.name}.replaced")
         try:
+            if self._output.exists():
+                self._output.rename(aside)
             self.folder.rename(self._output)
-        except OSError:
-            if replaced is not None:
-                (replaced / "old").rename(self._output)
-            raise
-        finally:
-            if replaced is not None:
-                shutil.rmtree(replaced, ignore_errors=True)
-        self._folder = None
+            self._folder = None
+        finally:  # also for Ctrl-C between the two
+            if aside.exists() and self._output.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            elif aside.exists():
+                aside.rename(self._output)
 
     def _discard(self) -> None:
         for stream in self._streams.values():
@@ -187,6 +191,9 @@ class CheckpointWriter:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        for parent in self._missing_parents:  # made for the output; where that stands they are not empty, and stay
+            with suppress(OSError):
+                parent.rmdir()
 
     def _explained(self, error: BaseException) -> BaseException:
         """An operating system's error in words of the output; any other as it is."""

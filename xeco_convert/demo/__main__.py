@@ -19,14 +19,27 @@ _NEW_TOKENS = 60
 
 @click.command()
 @click.option(
-    "--output", type=click.Path(path_type=Path), default="demo-output", show_default=True, help="Folder to write, replaced."
+    "--output",
+    type=click.Path(path_type=Path),
+    default="demo-output",
+    show_default=True,
+    help="Folder to write, replaced.",
 )
 @click.option("--rank", default=48, show_default=True, help="kv_lora_rank.")
 @click.option("--rope-dim", default=16, show_default=True, help="qk_rope_head_dim.")
 def demo_command(output: Path, rank: int, rope_dim: int) -> None:
     """Convert the embedded model, then generate from source and converted model and measure both caches."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    arguments = [str(MODEL_FOLDER), str(output), "--rank", str(rank), "--rope-dim", str(rope_dim), "--verify", "--overwrite"]
+    arguments = [
+        str(MODEL_FOLDER),
+        str(output),
+        "--rank",
+        str(rank),
+        "--rope-dim",
+        str(rope_dim),
+        "--verify",
+        "--overwrite",
+    ]
     click.echo(f"$ xeco-convert {' '.join(arguments)}")
     convert_command.main(args=arguments, prog_name="xeco-convert", standalone_mode=False)
     prompt = _prompt()
@@ -45,7 +58,11 @@ def generate(folder: Path, prompt: str) -> tuple[str, int, int]:
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)
     cache = DynamicCache(config=model.config)
     tokens = model.generate(
-        **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, past_key_values=cache, pad_token_id=tokenizer.pad_token_id
+        **inputs,
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        past_key_values=cache,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.decode(tokens[0], skip_special_tokens=True), cache_bytes(cache), cache.get_seq_length()
 

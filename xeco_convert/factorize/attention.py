@@ -6,6 +6,8 @@ R kv_lora_rank, Q q_lora_rank, hidden = hidden_size.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +76,43 @@ class MlaAttention:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def to(self, dtype: torch.dtype) -> MlaAttention:
+        """The same weights in another floating dtype."""
+        return self.with_tensors({name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> MlaAttention:
+        """The same layer with some of its tensors replaced, by field."""
+        return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
+
+    def shape(self, num_attention_heads: int, v_head_dim: int, qk_rope_head_dim: int) -> MlaShape:
+        """The widths that these tensors have, given those that their sizes alone do not tell."""
+        query = self.q_weight if self.q_weight is not None else self.q_b_weight
+        assert query is not None
+        named = {"q": self.q_bias, "kv_a": self.kv_a_bias, "kv_b": self.kv_b_bias, "o": self.o_bias}
+        return MlaShape(
+            num_attention_heads=num_attention_heads,
+            hidden_size=self.o_weight.shape[0],
+            kv_lora_rank=self.kv_b_weight.shape[1],
+            qk_nope_head_dim=query.shape[0] // num_attention_heads - qk_rope_head_dim,
+            qk_rope_head_dim=qk_rope_head_dim,
+            v_head_dim=v_head_dim,
+            q_lora_rank=None if self.q_a_weight is None else self.q_a_weight.shape[0],
+            latent_norm=self.latent_norm_weight is not None,
+            rope_index=self.rope_index,
+            biases=tuple(name for name, bias in named.items() if bias is not None),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors:
-    """Relative Frobenius errors ‖converted − source‖ / ‖source‖ of a layer's key and value maps (weights and biases)."""
+    """Relative errors ‖converted − source‖ / ‖source‖ of a layer's keys and values.
+
+    `paper`: Frobenius norms of the weights. `calibrated`: root mean squares over the calibration tokens, in output units.
+    """
 
     key: float
     value: float

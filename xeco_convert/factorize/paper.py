@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.shapes import MlaShape
-from xeco_convert.factorize.svd import LowRank, thin_svd, truncate
+from xeco_convert.factorize.svd import LowRank, thin_svd
 
 
 def paper_spectrum(source: SourceAttention) -> Tensor:
@@ -35,7 +35,7 @@ def joint_key_value_factors(source: SourceAttention, rank: int) -> LowRank:
     repeated), √n·S and the same V: an n times smaller problem with the same result.
     """
     repeats = source.heads_per_group
-    factors = truncate(thin_svd(torch.cat([source.k_weight, source.v_weight])), rank)
+    factors = thin_svd(torch.cat([source.k_weight, source.v_weight]), rank)
     left_2GdR = factors.left.view(2, source.num_key_value_heads, source.head_dim, rank)
     repeated = left_2GdR.repeat_interleave(repeats, dim=1).reshape(-1, rank)
     return LowRank(
@@ -63,7 +63,7 @@ def paper_factors(source: SourceAttention, shape: MlaShape) -> MlaAttention:
         q_b_weight=None if q_a is None else q_b,
         kv_a_weight=torch.cat([joint.right, _mean_rotary_rows(source.k_weight, source, shape)]),
         kv_b_weight=kv_b.reshape(-1, shape.kv_lora_rank),
-        o_weight=source.o_weight.to(torch.float64),
+        o_weight=source.o_weight,
         q_bias=None if source.q_bias is None else _split_heads(source.q_bias[:, None].double(), heads, shape)[:, 0],
         kv_a_bias=_kv_a_bias(source, shape),
         kv_b_bias=_kv_b_bias(source, shape),
@@ -74,15 +74,19 @@ def paper_factors(source: SourceAttention, shape: MlaShape) -> MlaAttention:
 
 def paper_errors(source: SourceAttention, factors: MlaAttention, shape: MlaShape) -> LayerErrors:
     """How far the factors are from the source's key map (rotary rows included) and value map, as weights."""
-    heads, dim, nope = source.num_attention_heads, source.head_dim, shape.qk_nope_head_dim
+    groups, dim, nope = source.num_key_value_heads, source.head_dim, shape.qk_nope_head_dim
     latent_rows = factors.kv_a_weight[: shape.kv_lora_rank]
-    maps = (factors.kv_b_weight @ latent_rows).view(heads, nope + dim, -1)
-    keys = _per_head(source.k_weight, source)
+    # The heads of a group have the same rows here: one of them stands for all.
+    kv_b_HXR = factors.kv_b_weight.view(source.num_attention_heads, nope + dim, -1)
+    maps = (kv_b_HXR[:: source.heads_per_group].reshape(groups * (nope + dim), -1) @ latent_rows).view(
+        groups, nope + dim, -1
+    )
+    keys = source.k_weight.to(torch.float64).view(groups, dim, -1)
     rope = _to_interleaved(factors.kv_a_weight[shape.kv_lora_rank :])
     key_square = (maps[:, :nope] - keys[:, :nope]).square().sum() + (rope - keys[:, -rope.shape[0] :]).square().sum()
     # rows of the source that the published shape drops altogether (qk_nope_head_dim + qk_rope_head_dim < head_dim)
     key_square += keys[:, nope : dim - rope.shape[0]].square().sum()
-    values = _per_head(source.v_weight, source)
+    values = source.v_weight.to(torch.float64).view(groups, dim, -1)
     return LayerErrors(
         key=float((key_square / keys.square().sum()).sqrt()),
         value=float((maps[:, nope:] - values).norm() / values.norm()),
@@ -93,8 +97,8 @@ def _query_factors(source: SourceAttention, shape: MlaShape) -> tuple[Tensor | N
     """(None, q) or (q_a, q_b): the queries, or their SVD at q_lora_rank, heads split as the keys are."""
     heads = source.num_attention_heads
     if shape.q_lora_rank is None:
-        return None, _split_heads(source.q_weight.to(torch.float64), heads, shape)
-    factors = truncate(thin_svd(source.q_weight), shape.q_lora_rank)
+        return None, _split_heads(source.q_weight, heads, shape)  # rows only move: no arithmetic, no wider dtype
+    factors = thin_svd(source.q_weight, shape.q_lora_rank)
     return factors.right, _split_heads(factors.left, heads, shape)
 
 

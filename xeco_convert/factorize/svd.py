@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK_ROWS = 256  # of a Gram matrix: narrow enough to skip most of what symmetry gives, wide enough for fast products
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
@@ -17,18 +19,18 @@ class LowRank:
     singular_values: Tensor
 
 
-def thin_svd(matrix: Tensor) -> LowRank:
-    """All singular triplets of a real matrix [rows, columns] through its smaller Gram matrix, computed in float64.
+def thin_svd(matrix: Tensor, rank: int | None = None) -> LowRank:
+    """The first `rank` (None: all) singular triplets of a real matrix [rows, columns], through its smaller Gram matrix in
+    float64.
 
     An eigenproblem of min(rows, columns) is several times cheaper than an SVD of the matrix. Squaring costs half the
     digits: singular values below 1e-8 of the largest are noise, which is far below what a 16-bit weight holds.
     """
     exact = matrix.to(torch.float64)
     wide = exact.shape[0] <= exact.shape[1]
-    gram = exact @ exact.T if wide else exact.T @ exact
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    singular_values = eigenvalues.flip(0).clamp_min(0).sqrt()
-    vectors = vectors.flip(1)
+    eigenvalues, vectors = torch.linalg.eigh(_lower_gram(exact if wide else exact.T))
+    singular_values = eigenvalues.flip(0)[:rank].clamp_min(0).sqrt()
+    vectors = vectors.flip(1)[:, :rank]
     if wide:
         return LowRank(left=vectors, right=vectors.T @ exact, singular_values=singular_values)
     # left = matrix·v / σ, where directions of σ = 0 (rank-deficient weights) get a zero column: they carry nothing.
@@ -42,3 +44,12 @@ def truncate(factors: LowRank, rank: int) -> LowRank:
     return LowRank(
         left=factors.left[:, :rank], right=factors.right[:rank], singular_values=factors.singular_values[:rank]
     )
+
+
+def _lower_gram(rows: Tensor) -> Tensor:
+    """rows·rowsᵀ below the diagonal and in blocks on it, which is all that eigh reads: a third less work than the whole."""
+    gram = rows.new_zeros(rows.shape[0], rows.shape[0])
+    for start in range(0, rows.shape[0], _BLOCK_ROWS):
+        stop = start + _BLOCK_ROWS
+        gram[start:, start:stop] = rows[start:] @ rows[start:stop].T
+    return gram

@@ -105,7 +105,8 @@ class FamilySpec:
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Refuse settings whose attention this family does not describe. Raises `UnsupportedModelError`."""
         if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unnamed")
+            settings = config["quantization_config"]
+            method = settings.get("quant_method", "unnamed") if isinstance(settings, Mapping) else "unnamed"
             raise UnsupportedModelError(
                 f"config.json: the weights are quantised ({method}), expected float32, bfloat16 or float16; "
                 "save a dequantised copy first (model.dequantize() in transformers) and convert that."

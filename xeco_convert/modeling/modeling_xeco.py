@@ -101,8 +101,8 @@ class LatentSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, Q, hidden] -> ([B, Q, hidden], attention weights [B, H, Q, T] or None).
 
-        attention_mask: None (causal), or [B, 1, Q, T], boolean or additive. Weights are given by the eager
-        implementation alone, as in transformers.
+        attention_mask: [B, 1, Q, T], boolean or additive; or None, as transformers calls it: one query sees every cached
+        token, several are the first ones and see each other causally. Weights are given by the eager implementation alone.
         """
         cos, sin = self._rotation(hidden_states, position_embeddings, position_ids)
         q_nope, q_rope = self._queries(hidden_states)
@@ -112,6 +112,9 @@ class LatentSelfAttention(nn.Module):
         if past_key_values is not None:
             cached, rotated = past_key_values.update(c_kv.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             c_kv, k_rope = cached.squeeze(1), rotated.squeeze(1)
+        if attention_mask is None and c_kv.shape[1] > hidden_states.shape[1] > 1:
+            # transformers leaves the mask out for the prefill of an empty static cache: the slots behind it are still unused
+            c_kv, k_rope = c_kv[:, : hidden_states.shape[1]], k_rope[:, : hidden_states.shape[1]]
         out_BQHV, weights = self._attend(q_nope, q_rope, c_kv, k_rope, attention_mask)
         return self.o_proj(out_BQHV.flatten(2)), weights
 
@@ -150,8 +153,9 @@ class LatentSelfAttention(nn.Module):
         """Heads' outputs [B, Q, H, V], and the weights where the eager implementation is asked for."""
         wants_weights = self.config._attn_implementation == "eager"
         absorbed = wants_weights or self.prefers_absorbed(q_nope.shape[1], c_kv.shape[1])
-        # A wrapped up-projection (LoRA, quantised, offloaded) has no weight that could be read past it: expand through it.
-        if type(self.kv_b_proj) is not nn.Linear:
+        # A wrapped up-projection (LoRA, quantised) or an offloaded one has no weight that could be read past it: expand
+        # through it.
+        if type(self.kv_b_proj) is not nn.Linear or self.kv_b_proj.weight.is_meta:
             absorbed = False
         if absorbed:
             return self._attend_absorbed(q_nope, q_rope, c_kv, k_rope, mask, wants_weights)

@@ -1,0 +1,284 @@
+"""How good a converted model is before any training: perplexity, KL to the source and top-1 agreement at given KV sizes.
+
+    python benchmarks/bench_fidelity.py --preset stories260k
+    python benchmarks/bench_fidelity.py --checkpoint IN --text FILE --window 512 --num-windows 24 --kv 24+8 48+16
+
+A preset reproduces a table of the design with its exact settings, prints the expected figure beside the measured one, and
+exits with 1 where they differ by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from reporting import describe, format_table, machine_facts, write_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from xeco_convert import convert
+from xeco_convert.errors import OptionError, XecoError
+from xeco_convert.evaluate import Fidelity, measure_fidelity, sequence_windows, token_windows
+from xeco_convert.options import INITS, ConvertOptions
+from xeco_convert.report import ConversionReport
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings of a published table, and its perplexities: of the source, and by (init, KV size)."""
+
+    checkpoint: str
+    text: str | None = None
+    ids: str | None = None
+    part: str = ":"
+    window: int
+    num_windows: int
+    kv: tuple[str, ...]
+    expected_source: float
+    expected: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+
+def _paper_column(**perplexities: float) -> dict[tuple[str, str], float]:
+    return {("paper", name.removeprefix("kv").replace("_", "+")): value for name, value in perplexities.items()}
+
+
+# ../shared/design/conversion.md; paths are relative to the shared folder.
+PRESETS = {
+    "stories260k": Preset(
+        checkpoint="checkpoints/stories260k",
+        ids="text/stories260k_samples.json",
+        part="-80:",
+        window=256,
+        num_windows=80,
+        kv=("40+8", "24+8", "16+8", "12+4"),
+        expected_source=3.53,
+        expected=_paper_column(kv40_8=138.3, kv24_8=147.4, kv16_8=191.9, kv12_4=191.1),
+    ),
+    "tinystories-gqa": Preset(
+        checkpoint="checkpoints/tinystories-gqa",
+        text="text/valid.txt",
+        window=512,
+        num_windows=24,
+        kv=("96+32", "48+16", "32+32", "24+8", "16+16"),
+        expected_source=15.04,
+        expected=_paper_column(kv96_32=103.7, kv48_16=171.9, kv32_32=109.7, kv24_8=151.8, kv16_16=171.8),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversion: what was asked for, what it became, how good it is."""
+
+    init: str
+    kv: str
+    kv_share: float
+    widths: str
+    fidelity: Fidelity
+    conversion_seconds: float
+    expected: float | None
+
+    @property
+    def deviation(self) -> float | None:
+        """Relative difference of the perplexity from the expected one."""
+        return None if self.expected is None else self.fidelity.perplexity / self.expected - 1
+
+    def cells(self) -> list[Any]:
+        """The row of the table."""
+        found = self.fidelity
+        measured = [found.perplexity_source, f"{found.gap:.4f}", f"{found.kl:.4f}", f"{found.top1:.1%}"]
+        deviation = None if self.deviation is None else f"{self.deviation:+.2%}"
+        return [
+            *(f"{self.kv_share:.1%}", self.widths, self.init, found.perplexity, *measured),
+            *(self.expected, deviation, f"{self.conversion_seconds:.1f}"),
+        ]
+
+
+COLUMNS = (
+    *("KV", "rank + rope", "init", "perplexity", "source", "gap (nats)", "KL (nats)", "top-1"),
+    *("expected", "deviation", "convert (s)"),
+)
+
+
+def kv_options(kv: str) -> dict[str, Any]:
+    """Fields of ConvertOptions for a KV size: rank+rope as 24+8, or a share of the source's cache as 25%.
+
+    Raises `OptionError` for anything else, and for shares where this version of the package takes none.
+    """
+    pair = re.fullmatch(r"(\d+)\+(\d+)", kv)
+    if pair is not None:
+        return {"rank": int(pair[1]), "rope_dim": int(pair[2])}
+    if re.fullmatch(r"\d+(\.\d+)?%", kv) is None:
+        raise OptionError(f"--kv: expected rank+rope such as 24+8 or a share such as 25%, found {kv!r}.")
+    if "kv_size" not in ConvertOptions.names():
+        raise OptionError(f"--kv: this version of xeco-convert has no KV budget yet, found {kv!r}; give rank+rope.")
+    return {"kv_size": kv}
+
+
+def read_windows(options: argparse.Namespace) -> torch.Tensor:
+    """Token windows [W, T] of the text or the sequences that measure."""
+    if options.ids is not None:
+        sequences = json.loads(options.ids.read_text(encoding="utf-8"))
+        return sequence_windows(sequences[parse_slice(options.part)], options.window, options.num_windows)
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, local_files_only=True)
+    return token_windows(options.text.read_text(encoding="utf-8"), tokenizer, options.window, options.num_windows)
+
+
+def parse_slice(text: str) -> slice:
+    """A slice written as in Python: 0:80, -80:, : and so on."""
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
+    if match is None:
+        raise OptionError(f"--part: expected a slice such as 0:80 or -80:, found {text!r}.")
+    return slice(*(None if bound is None else int(bound) for bound in match.groups()))
+
+
+def load(folder: Path, device: str) -> Any:
+    """The model in float32, whatever it is stored in: what is compared is the weights, not the kernels' rounding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval()
+
+
+def measure(source: Any, windows: torch.Tensor, init: str, kv: str, options: argparse.Namespace) -> Row:
+    """Convert, load, compare, forget."""
+    with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
+        output = Path(folder) / "converted"
+        report = convert(options.checkpoint, output, init=init, **kv_options(kv))
+        fidelity = measure_fidelity(source, load(output, options.device), windows)
+    return Row(
+        init=init,
+        kv=kv,
+        kv_share=report.kv_share,
+        widths=widths(report),
+        fidelity=fidelity,
+        conversion_seconds=report.seconds,
+        expected=options.expected.get((init, kv)),
+    )
+
+
+def widths(report: ConversionReport) -> str:
+    """Rank + rope dim of the converted layers, as ranges where the layers differ."""
+    converted = [layer for layer in report.layers if layer.kv_lora_rank is not None]
+    return " + ".join(
+        str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)}..{max(sizes)}"
+        for sizes in (
+            [layer.kv_lora_rank or 0 for layer in converted],
+            [layer.qk_rope_head_dim or 0 for layer in converted],
+        )
+    )
+
+
+def deviations(rows: Sequence[Row], expected_source: float | None) -> list[str]:
+    """A sentence for each figure that differs from the expected one by more than the tolerance."""
+    found = [
+        f"{row.init} {row.kv}: {row.fidelity.perplexity:.4g}, expected {row.expected}"
+        for row in rows
+        if row.deviation is not None and not abs(row.deviation) <= TOLERANCE
+    ]
+    source = rows[0].fidelity.perplexity_source
+    if expected_source is not None and not abs(source / expected_source - 1) <= TOLERANCE:
+        found.append(f"source: {source:.4g}, expected {expected_source}")
+    return found
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, those of a preset filled in where they are not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="a table of the design, with its settings")
+    parser.add_argument("--checkpoint", type=Path, help="folder of the source")
+    parser.add_argument("--text", type=Path, help="text that measures, taken raw")
+    parser.add_argument("--ids", type=Path, help="JSON list of token sequences that measure, instead of --text")
+    parser.add_argument(
+        "--part", help="sequences of --ids that measure, as a slice: 0:80, or --part=-80: for the last 80 [all]"
+    )
+    parser.add_argument("--window", type=int, help="tokens of a window")
+    parser.add_argument("--num-windows", type=int, help="windows taken [all]")
+    parser.add_argument("--init", nargs="+", default=["paper"], choices=INITS, help="initialisations [paper]")
+    parser.add_argument("--kv", nargs="+", help="KV sizes: rank+rope such as 24+8")
+    parser.add_argument("--device", default="cpu", help="device of the measurement [cpu]")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
+    parser.add_argument("--work-dir", type=Path, help="folder for the converted models, removed afterwards [temporary]")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args(arguments)
+    options.expected, options.expected_source = {}, None
+    if options.preset is not None:
+        _fill_in(options, PRESETS[options.preset])
+    options.part = options.part or ":"
+    if options.checkpoint is None or options.kv is None or (options.text is None) == (options.ids is None):
+        parser.error("give --preset, or --checkpoint, --kv and either --text or --ids")
+    options.window = options.window or 512
+    return options
+
+
+def _fill_in(options: argparse.Namespace, preset: Preset) -> None:
+    """Take from the preset what was not given; its figures hold only where the settings are its own."""
+    shared = Path(os.environ.get("XECO_SHARED", _REPOSITORY.parent / "shared"))
+    settings: dict[str, Any] = {"checkpoint": shared / preset.checkpoint, "part": preset.part}
+    settings |= {"window": preset.window, "num_windows": preset.num_windows}
+    settings |= {name: shared / path for name in ("text", "ids") if (path := getattr(preset, name)) is not None}
+    given = [name for name in dict.fromkeys((*settings, "text", "ids")) if getattr(options, name) is not None]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise OptionError(f"--preset sets {flags} itself; leave one of the two out.")
+    for name, value in settings.items():
+        setattr(options, name, value)
+    options.kv = options.kv or list(preset.kv)
+    options.expected, options.expected_source = preset.expected, preset.expected_source
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every pair of init and KV size, print the table, write the JSON; the exit code."""
+    torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    machine = machine_facts()
+    windows = read_windows(options)
+    source = load(options.checkpoint, options.device)
+    rows = [measure(source, windows, init, kv, options) for init in options.init for kv in options.kv]
+    print(f"{options.checkpoint}: {windows.shape[0]} windows of {windows.shape[1]} tokens; {describe(machine)}")
+    print(format_table(COLUMNS, [row.cells() for row in rows]))
+    wrong = deviations(rows, options.expected_source)
+    for sentence in wrong:
+        print(f"deviates by more than {TOLERANCE:.0%}: {sentence}")
+    write_json(
+        options.json,
+        {
+            "benchmark": "fidelity",
+            "machine": machine,
+            "settings": _settings(options),
+            "expected_source": options.expected_source,
+            "rows": [asdict(row) | {"gap": row.fidelity.gap, "deviation": row.deviation} for row in rows],
+            "deviating": wrong,
+        },
+    )
+    return 1 if wrong else 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("preset", "checkpoint", "text", "ids", "part", "window", "num_windows", "init", "kv", "device", "threads")
+    values = {name: getattr(options, name) for name in names}
+    # The folder's place differs from machine to machine, its name says which it is.
+    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; a foreseen failure is one sentence."""
+    try:
+        return run(parse_arguments(arguments))
+    except XecoError as error:
+        print(f"bench_fidelity: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

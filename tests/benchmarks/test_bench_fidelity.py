@@ -1,0 +1,95 @@
+"""bench_fidelity measures what it says, on any checkpoint, and its exit code tells a deviation."""
+
+import json
+import math
+from pathlib import Path
+
+import bench_fidelity
+import pytest
+import torch
+from bench_fidelity import PRESETS, Preset, kv_options, main, parse_slice
+from transformers import AutoModelForCausalLM
+
+from xeco_convert.errors import OptionError
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("ids") / "sequences.json"
+    ids = torch.randint(3, 60, (6, 19), generator=torch.Generator().manual_seed(0))
+    file.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    return file
+
+
+def arguments(checkpoint: Path, sequences: Path) -> list[str]:
+    return ["--checkpoint", str(checkpoint), "--ids", str(sequences), "--part=-4:", "--window", "19"]
+
+
+def test_rows_are_what_was_asked_for_and_match_the_model(
+    llama: Path, sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results" / "fidelity.json"
+    assert main([*arguments(llama, sequences), "--kv", "12+4", "8+2", "--json", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 windows of 19 tokens" in printed and "1 thread" in printed
+    assert "12 + 4" in printed and "8 + 2" in printed
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["kv_share"] for row in found["rows"]] == [16 / 32, 10 / 32]
+    assert {row["fidelity"]["num_tokens"] for row in found["rows"]} == {4 * 18}
+    assert {"cpu", "torch", "torch_threads", "date"} <= set(found["machine"])
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    windows = torch.tensor(json.loads(sequences.read_text(encoding="utf-8"))[-4:])
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss
+    assert found["rows"][0]["fidelity"]["perplexity_source"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_text_is_measured_with_the_checkpoints_tokenizer(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a small text of the test. " * 40, encoding="utf-8")
+    options = ["--checkpoint", str(llama), "--text", str(text), "--window", "16", "--num-windows", "3"]
+    assert main([*options, "--kv", "12+4"]) == 0
+    assert "3 windows of 16 tokens" in capsys.readouterr().out
+
+
+def test_a_preset_that_deviates_fails(
+    llama: Path, sequences: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XECO_SHARED", "/")
+    preset = Preset(
+        checkpoint=str(llama).lstrip("/"),
+        ids=str(sequences).lstrip("/"),
+        window=19,
+        num_windows=6,
+        kv=("12+4",),
+        expected_source=1.0,
+        expected={("paper", "12+4"): 1.0},
+    )
+    monkeypatch.setitem(PRESETS, "stories260k", preset)
+    assert main(["--preset", "stories260k"]) == 1
+    printed = capsys.readouterr().out
+    assert "deviates by more than 5%: paper 12+4" in printed and "deviates by more than 5%: source" in printed
+
+
+def test_settings_of_a_preset_cannot_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "stories260k", "--window", "128"]) == 2
+    assert "--window" in capsys.readouterr().err
+
+
+def test_shares_wait_for_the_budget_and_other_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kv_options("24+8") == {"rank": 24, "rope_dim": 8}
+    monkeypatch.setattr(bench_fidelity.ConvertOptions, "names", classmethod(lambda cls: ("rank",)))
+    with pytest.raises(OptionError, match="no KV budget yet, found '25%'"):
+        kv_options("25%")
+    monkeypatch.setattr(bench_fidelity.ConvertOptions, "names", classmethod(lambda cls: ("rank", "kv_size")))
+    assert kv_options("12.5%") == {"kv_size": "12.5%"}
+    with pytest.raises(OptionError, match="expected rank"):
+        kv_options("24x8")
+
+
+def test_slices_are_pythons() -> None:
+    assert [list(range(9))[parse_slice(text)] for text in (":", "-2:", "3:5")] == [list(range(9)), [7, 8], [3, 4]]
+    with pytest.raises(OptionError, match="expected a slice"):
+        parse_slice("80")

@@ -1,0 +1,282 @@
+"""Tiny random checkpoints of every family and rotary scaling, as files and as modules, and their exact form as MLA.
+
+Weights are large enough that attention is far from uniform: a fault of the rotary embedding or of the scale would be lost
+in the average otherwise. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from xeco_convert.factorize import SourceAttention
+from xeco_convert.factorize.attention import exact_factors, exact_shape
+from xeco_convert.modeling import code_files, family_config_class, family_model_class
+from xeco_convert.modeling.configuration_xeco import auto_map
+
+ORIGINAL_LENGTH = 16  # positions of the original model in the scaled rotary types
+VOCABULARY = 96
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+# One entry per kind of model: all that differs from _SIZES.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "head_dim": 8},
+    "llama_bias": {"model_type": "llama", "head_dim": 8, "attention_bias": True, "mlp_bias": True},
+    "llama_mha": {"model_type": "llama", "head_dim": 8, "num_key_value_heads": 4},
+    "llama_mqa": {"model_type": "llama", "head_dim": 8, "num_key_value_heads": 1},
+    "llama_wide_heads": {"model_type": "llama", "head_dim": 12},
+    "llama_tied": {"model_type": "llama", "head_dim": 8, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": None},
+    "mistral_window": {"model_type": "mistral", "head_dim": 8, "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+}
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL_LENGTH,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL_LENGTH},
+}
+
+
+def source_config(variant: str, rope: str = "default", *, old_style: bool = False, **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny source. `old_style` writes the rotary settings as transformers 4 did."""
+    config = {**_SIZES, **VARIANTS[variant], **changes}
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config["model_type"]]
+    config["architectures"] = [f"{architecture}ForCausalLM"]
+    settings = {**ROPES[rope], "rope_theta": 100.0}  # a short period: 48 tokens go through many turns
+    if rope == "dynamic":
+        config["max_position_embeddings"] = ORIGINAL_LENGTH  # longer texts change the frequencies
+    if not old_style:
+        return {**config, "rope_parameters": settings}
+    config["rope_theta"] = settings.pop("rope_theta")
+    config["torch_dtype"] = config.pop("dtype")
+    if rope != "default":
+        config["rope_scaling"] = {"type": settings.pop("rope_type"), **settings}
+    return config
+
+
+def source_model(variant: str = "llama", rope: str = "default", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A source model in float32 with random weights, biases and norms; `changes` are fields of its configuration."""
+    config = source_config(variant, rope, **changes)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa").eval()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Fill all weights: scores get a standard deviation of about 2, so that the softmax is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            values = 1 + 0.2 * noise
+        elif name.endswith(".bias"):
+            values = 0.5 * noise
+        elif "embed_tokens" in name:
+            values = noise
+        else:
+            strength = 1.4 if "q_proj" in name or "k_proj" in name else 1.0
+            values = strength * noise / width**0.5
+        parameter.data.copy_(values)
+
+
+def build_checkpoint(
+    folder: Path,
+    variant: str = "llama",
+    rope: str = "default",
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_shards: int = 1,
+    old_style: bool = False,
+    tokenizer: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Write a source checkpoint as it comes from the hub, and return its folder."""
+    config = source_config(variant, rope, old_style=old_style, **changes)
+    config["torch_dtype" if old_style else "dtype"] = str(dtype).removeprefix("torch.")
+    model = source_model(variant, rope, seed=seed, **changes)
+    tensors = stored_tensors(model, dtype)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    write_weights(folder, tensors, num_shards)
+    if tokenizer:
+        write_tokenizer(folder)
+    return folder
+
+
+def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State dict as a checkpoint holds it: tied embeddings once."""
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor], num_shards: int = 1) -> None:
+    """One model.safetensors, or shards with an index."""
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    step = -(-len(names) // num_shards)
+    weight_map: dict[str, str] = {}
+    for number in range(num_shards):
+        file = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[number * step : (number + 1) * step]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer over VOCABULARY words: w3, w4, ... and the special tokens 0 to 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **settings},
+    )
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+def source_attention(model: PreTrainedModel, layer: int, dtype: torch.dtype | None = None) -> SourceAttention:
+    """The weights of one attention layer of a source model, as the factorisations take them."""
+    decoder_layer = model.model.layers[layer]
+    attention = decoder_layer.self_attn
+    tensors = {}
+    for which in "qkvo":
+        projection = getattr(attention, f"{which}_proj")
+        for part in ("weight", "bias"):
+            tensor = getattr(projection, part)
+            tensors[f"{which}_{part}"] = None if tensor is None else tensor.detach().to(dtype or tensor.dtype)
+    return SourceAttention(
+        **tensors,
+        input_norm_weight=decoder_layer.input_layernorm.weight.detach(),
+        num_attention_heads=model.config.num_attention_heads,
+        num_key_value_heads=model.config.num_key_value_heads,
+        head_dim=attention.head_dim,
+    )
+
+
+def random_attention(
+    heads: int = 4,
+    groups: int = 2,
+    dim: int = 8,
+    hidden: int = 32,
+    *,
+    bias: str = "",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> SourceAttention:
+    """One random attention layer; `bias` names the projections that have one, as "qkv"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows = {"q": heads * dim, "k": groups * dim, "v": groups * dim, "o": hidden}
+    tensors: dict[str, Tensor | None] = {}
+    for which, count in rows.items():
+        columns = heads * dim if which == "o" else hidden
+        tensors[f"{which}_weight"] = random(count, columns) * 1.3 / columns**0.5
+        tensors[f"{which}_bias"] = random(count) * 0.5 if which in bias else None
+    return SourceAttention(
+        **tensors,  # type: ignore[arg-type]
+        input_norm_weight=1 + 0.2 * random(hidden),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=dim,
+    )
+
+
+def exact_model(source: PreTrainedModel, layers: list[int] | None = None) -> PreTrainedModel:
+    """The source as MLA without any approximation: every rotary row kept, full rank. Other layers keep their attention."""
+    prefix = type(source).__name__.removesuffix("ForCausalLM")
+    count = source.config.num_hidden_layers
+    chosen = range(count) if layers is None else layers
+    state = dict(source.state_dict())
+    entries: list[dict[str, Any] | None] = [None] * count
+    for layer in chosen:
+        attention = source_attention(source, layer)
+        shape, factors = exact_shape(attention), exact_factors(attention)
+        entries[layer] = {
+            name: getattr(shape, name)
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_index", "biases")
+        }
+        module = f"model.layers.{layer}.self_attn."
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(module)}
+        state.update({f"{module}{name}": tensor for name, tensor in factors.state_dict().items()})
+    fields = {key: value for key, value in source.config.to_dict().items() if key != "model_type"}
+    config = family_config_class(prefix)(**fields, mla_layers=[_plain(entry) for entry in entries])
+    config._attn_implementation = "sdpa"
+    model = family_model_class(prefix, "ForCausalLM")(config).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def _plain(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+
+
+def save_exact_checkpoint(folder: Path, model: PreTrainedModel) -> Path:
+    """Files of a converted model as xeco-convert lays them out, without transformers' save_pretrained."""
+    folder.mkdir(parents=True)
+    prefix = type(model).__name__.removeprefix("Xeco").removesuffix("ForCausalLM")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", {**config, "auto_map": auto_map(prefix), "dtype": "float32"})
+    write_weights(folder, stored_tensors(model, torch.float32))
+    for name, file in code_files().items():
+        (folder / name).write_bytes(file.read_bytes())
+    return folder
+
+
+def random_ids(batch: int, length: int, *, seed: int = 0) -> Tensor:
+    """Token ids [batch, length] without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

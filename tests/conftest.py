@@ -1,0 +1,70 @@
+"""Settings of the whole suite: offline, one thread, remote code in a folder of its own; the shared checkpoints and texts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch, transformers and huggingface_hub are imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_MODULES = tempfile.TemporaryDirectory(prefix="xeco_test_modules_")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from builders import build_checkpoint  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+import xeco_convert  # noqa: E402  registers the converted families
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+transformers_logging.disable_progress_bar()
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_cache() -> Iterator[None]:
+    yield
+    _MODULES.cleanup()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints and texts: $XECO_SHARED, or ../shared beside the repository."""
+    folder = Path(os.environ.get("XECO_SHARED") or _ROOT.parent / "shared").resolve()
+    if not (folder / "checkpoints").is_dir():
+        reason = f"no shared checkpoints in {folder}; set XECO_SHARED to the folder that holds checkpoints/ and text/"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    return shared / "checkpoints" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def tinystories(shared: Path) -> Path:
+    return shared / "checkpoints" / "tinystories-gqa"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint with a tokenizer; not to be changed by tests."""
+    return build_checkpoint(tmp_path_factory.mktemp("source") / "llama", "llama", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, converted with the published initialisation; not to be changed by tests."""
+    output = tmp_path_factory.mktemp("converted") / "llama"
+    xeco_convert.convert(llama, output, init="paper", rank=12, rope_dim=4)
+    return output

@@ -1,0 +1,73 @@
+"""Results of a calibration on disk: so that memory stays bounded, and so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from xeco_convert import __version__
+from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.plan import ConversionPlan
+
+# Options that change nothing of what is kept here.
+_WITHOUT_INFLUENCE = ("overwrite", "dtype", "max_shard_size", "verify", "work_dir", "device")
+_FINGERPRINT_FILE = "run.json"
+
+
+class WorkFolder:
+    """Named results of one run: a folder of the user's (--work-dir), or a temporary one that goes with the object."""
+
+    def __init__(self, plan: ConversionPlan) -> None:
+        self._temporary: TemporaryDirectory[str] | None = None
+        if plan.options.work_dir is None:
+            self._temporary = TemporaryDirectory(prefix="xeco-convert-")
+            self._folder = Path(self._temporary.name)
+            return
+        self._folder = Path(plan.options.work_dir)
+        fingerprint = _fingerprint(plan)
+        marker = self._folder / _FINGERPRINT_FILE
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not marker.exists():
+                marker.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+            found = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
+        except (OSError, ValueError, AttributeError) as error:
+            raise OutputError(f"--work-dir: {self._folder} cannot be used ({error}); choose another folder.") from None
+        if found != fingerprint:
+            raise OptionError(
+                f"--work-dir: {self._folder} holds results of another source or of other options; "
+                "repeat that run's options to continue it, or choose an empty folder."
+            )
+
+    def save(self, name: str, data: dict[str, Any]) -> None:
+        """Keep a result of tensors and plain values under a name. It is there whole or not at all."""
+        target = self._folder / f"{name}.pt"
+        partial = target.with_suffix(".partial")
+        try:
+            torch.save(data, partial)
+            os.replace(partial, target)
+        except (OSError, RuntimeError) as error:
+            raise OutputError(f"--work-dir: {target} cannot be written ({error}); free some space.") from None
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """A result kept before, or None."""
+        file = self._folder / f"{name}.pt"
+        if not file.is_file():
+            return None
+        data: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return data
+
+
+def _fingerprint(plan: ConversionPlan) -> str:
+    """What a run's results depend on: source files, options, version."""
+    options = {key: value for key, value in dataclasses.asdict(plan.options).items() if key not in _WITHOUT_INFLUENCE}
+    files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in set(plan.index.files.values())}
+    facts = {"version": __version__, "config": dict(plan.index.config), "files": files, "options": options}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,204 @@
+"""The calibrated initialisation in closed form (docs/conversion.md, steps 1 to 4).
+
+Everything is a linear map on what the source layer computes: the latent and the rotary key are rows E·κ of κ = (keys,
+values) of all groups, each head's queries are Q_h·q_h. Applied to weights and biases these maps give the converted layer.
+
+Letters: G groups, H heads, d head_dim, F = d/2, R kv_lora_rank, P qk_rope_head_dim, X hidden_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.rope import RotaryComponents, real_rows, rotary_components
+from xeco_convert.factorize.statistics import LayerStatistics
+
+# Directions whose weight is this far below the largest are rounding of the calibration, not signal.
+_NEGLIGIBLE = 1e-12
+
+
+class CalibratedLayer:
+    """The closed form of one layer, for any widths. All arithmetic in float64 on the statistics' device."""
+
+    def __init__(self, source: SourceAttention, statistics: LayerStatistics, softmax_scale: float) -> None:
+        self._source = source
+        self._statistics = statistics
+        self._scale = softmax_scale
+        self._half = source.head_dim // 2
+        groups, heads, dim = source.num_key_value_heads, source.num_attention_heads, source.head_dim
+        self._w_o = source.o_weight.double().view(-1, heads, dim).permute(1, 0, 2)  # [H, X, d]
+        self._head_metric = self._w_o.transpose(1, 2) @ self._w_o  # [H, d, d]: W_oᵀ W_o
+        per_group = statistics.values.view(groups, dim, groups, dim).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        spread = per_group.repeat_interleave(source.heads_per_group, dim=0)
+        # λ_h: squared output error of a unit squared score error, the spread of the values that the head mixes
+        self._head_weight = softmax_scale**2 * (self._head_metric * spread).sum(dim=(1, 2))
+        self._components = rotary_components(source, statistics, self._head_weight)
+        self._key_roots = _roots(self._key_metric())  # [G, d, d] each
+        self._value_roots = _roots(self._value_metric()[None])  # [1, Gd, Gd] each
+        self._latent_cache: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def components(self) -> RotaryComponents:
+        return self._components
+
+    def factors(
+        self, kv_lora_rank: int, qk_rope_head_dim: int, *, q_lora_rank: int | None = None, latent_norm: bool = False
+    ) -> MlaAttention:
+        """The converted layer at these widths, float64; qk_nope_head_dim = v_head_dim = head_dim.
+
+        With `latent_norm` the norm's weight is the latent's rms over the calibration tokens: a norm that changes least.
+        """
+        source, pairs = self._source, qk_rope_head_dim // 2
+        eigenvalues, vectors, up_keys, up_values = self._latent(qk_rope_head_dim)
+        rms = eigenvalues[:kv_lora_rank].mean().sqrt()
+        encode = vectors.T @ self._weigh(qk_rope_head_dim)
+        rope_rows = real_rows(self._components.encode[:pairs], self._components.frequency[:pairs], self._half)
+        rope_rows = torch.cat([rope_rows, torch.zeros_like(rope_rows)], dim=1)  # reads keys, no values
+        maps = torch.cat([encode[:kv_lora_rank], rope_rows])
+        repeats = source.heads_per_group
+        up = torch.cat([up_keys[..., :kv_lora_rank], up_values[..., :kv_lora_rank]], dim=1)
+        joint_weight = torch.cat([source.k_weight, source.v_weight]).double()
+        query_maps = self._query_maps(qk_rope_head_dim)
+        q_weight = _apply_heads(query_maps, source.q_weight)
+        q_a, q_b = (None, None) if q_lora_rank is None else self._query_factors(q_weight, q_lora_rank)
+        return MlaAttention(
+            q_weight=q_weight if q_a is None else None,
+            q_a_weight=q_a,
+            q_b_weight=q_b,
+            kv_a_weight=maps @ joint_weight,
+            kv_b_weight=up.repeat_interleave(repeats, dim=0).reshape(-1, kv_lora_rank),
+            o_weight=source.o_weight.double(),
+            q_bias=None if source.q_bias is None else _apply_heads(query_maps, source.q_bias[:, None])[:, 0],
+            kv_a_bias=self._joint_bias(maps),
+            o_bias=None if source.o_bias is None else source.o_bias.double(),
+            latent_norm_weight=rms.expand(kv_lora_rank).clone() if latent_norm else None,
+            rope_index=tuple(self._components.frequency[:pairs].tolist()),
+        )
+
+    def expected_error(self, kv_lora_rank: int, qk_rope_head_dim: int) -> float:
+        """Expected squared output error of these widths, relative to what the heads put out.
+
+        What they lose of the latent's spectrum and of the rotary components, were nothing to cancel over the attended
+        tokens: an upper bound in practice. Ask for equal rotary widths in a row: each takes a decomposition.
+        """
+        rotary = self._components.gain[qk_rope_head_dim // 2 :].sum()
+        return float(self.latent_spectrum(qk_rope_head_dim)[kv_lora_rank:].sum() + rotary / self._expected_square())
+
+    def latent_spectrum(self, qk_rope_head_dim: int) -> Tensor:
+        """Expected squared output error [2·G·d] that each latent row saves once the rotary rows are chosen, descending."""
+        return self._latent(qk_rope_head_dim)[0] / self._expected_square()
+
+    def errors(self, kv_lora_rank: int, qk_rope_head_dim: int) -> LayerErrors:
+        """Relative errors of keys and values in output units: what the widths lose of each, rotary components included."""
+        weigh, vectors = self._weigh(qk_rope_head_dim), self._latent(qk_rope_head_dim)[1]
+        width = weigh.shape[0] // 2
+        moment = weigh @ self._statistics.attended @ weigh.T
+        kept = vectors[:, :kv_lora_rank]
+        left = moment - kept @ (kept.T @ moment)
+        left = (left - (left @ kept) @ kept.T).diagonal().clamp_min(0)
+        rotary = self._components.gain
+        key_lost = left[:width].sum() + rotary[qk_rope_head_dim // 2 :].sum()
+        key_total = moment.diagonal()[:width].sum() + rotary.sum()
+        value_total = moment.diagonal()[width:].sum()
+        return LayerErrors(
+            key=float((key_lost / key_total).sqrt()), value=float((left[width:].sum() / value_total).sqrt())
+        )
+
+    def _expected_square(self) -> float:
+        """Upper reference of the output's size: the output if attention mixed nothing, Σ_h tr(W_oᵀW_o E[v vᵀ])."""
+        return float(self._head_weight.sum()) / self._scale**2
+
+    def _joint_bias(self, maps: Tensor) -> Tensor | None:
+        source = self._source
+        if source.k_bias is None or source.v_bias is None:
+            return None
+        return maps @ torch.cat([source.k_bias, source.v_bias]).double()
+
+    def _latent(self, qk_rope_head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(eigenvalues [2Gd], eigenvectors [2Gd, 2Gd] as columns, W_UK and W_UV [G, d, 2Gd]) of the joint factor, best first."""
+        if qk_rope_head_dim not in self._latent_cache:
+            self._latent_cache = {qk_rope_head_dim: self._joint_factor(qk_rope_head_dim)}
+        return self._latent_cache[qk_rope_head_dim]
+
+    def _joint_factor(self, qk_rope_head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        groups, dim = self._source.num_key_value_heads, self._source.head_dim
+        weigh = self._weigh(qk_rope_head_dim)
+        eigenvalues, vectors = torch.linalg.eigh(weigh @ self._statistics.attended @ weigh.T)
+        vectors = vectors.flip(1)
+        up_keys = self._key_roots[1] @ vectors[: groups * dim].view(groups, dim, -1)
+        up_values = (self._value_roots[1][0] @ vectors[groups * dim :]).view(groups, dim, -1)
+        return eigenvalues.flip(0).clamp_min(0), vectors, up_keys, up_values
+
+    def _weigh(self, qk_rope_head_dim: int) -> Tensor:
+        """Map [2Gd, 2Gd] from κ to what the latent has to carry, in output units: residual keys and values."""
+        width = self._source.num_key_value_heads * self._source.head_dim
+        residual = self._residual_map(qk_rope_head_dim)
+        weigh = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=residual.device)
+        weigh[:width, :width] = torch.block_diag(*self._key_roots[0]) @ residual
+        weigh[width:, width:] = self._value_roots[0][0]
+        return weigh
+
+    def _residual_map(self, qk_rope_head_dim: int) -> Tensor:
+        """Real map [Gd, Gd] from the keys to what the chosen rotary components leave of them."""
+        pairs = qk_rope_head_dim // 2
+        chosen = self._components.frequency[:pairs]
+        encode = real_rows(self._components.encode[:pairs], chosen, self._half)
+        # decode·u as rows over keys: the real form of a complex column is the transpose of that of its conjugate row
+        decode = real_rows(self._components.decode[:pairs].conj(), chosen, self._half).T
+        width = self._source.num_key_value_heads * self._source.head_dim
+        identity = torch.eye(width, dtype=torch.float64, device=decode.device)
+        return identity - decode @ encode
+
+    def _key_metric(self) -> Tensor:
+        """M_k,g = Σ_{h∈g} λ_h E[q̃_h q̃_hᵀ] [G, d, d], q̃ the un-rotated queries of the converted layer."""
+        nope = self._query_maps(0)
+        metric = self._head_weight[:, None, None] * (nope @ self._statistics.queries @ nope.transpose(1, 2))
+        return metric.view(self._source.num_key_value_heads, -1, *metric.shape[1:]).sum(dim=1)
+
+    def _value_metric(self) -> Tensor:
+        """[Gd, Gd]: Σ over pairs of heads of overlap · W_o,hᵀ W_o,h'. The errors of heads that look at the same tokens add up
+        in the output, those of heads that look elsewhere do not."""
+        source = self._source
+        groups, repeats, dim = source.num_key_value_heads, source.heads_per_group, source.head_dim
+        products = torch.einsum("hk,hxd,kxe->hdke", self._statistics.overlap, self._w_o, self._w_o)
+        return products.view(groups, repeats, dim, groups, repeats, dim).sum(dim=(1, 4)).reshape(groups * dim, -1)
+
+    def _query_maps(self, qk_rope_head_dim: int) -> Tensor:
+        """Q_h [H, d + P, d]: the un-rotated queries, turned by the mean rotation, then the readers of the rotary key."""
+        source, pairs, half = self._source, qk_rope_head_dim // 2, self._half
+        heads = source.num_attention_heads
+        frequencies = torch.arange(half, device=self._statistics.rotation.device)
+        nope = torch.stack([real_rows(turn.conj()[:, None], frequencies, half) for turn in self._statistics.rotation])
+        chosen = self._components.frequency[:pairs]
+        group_of_head = torch.arange(heads, device=chosen.device) // source.heads_per_group
+        decode_HJ = self._components.decode[:pairs].conj().T[group_of_head]
+        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]
+        return torch.cat([nope, torch.stack(rope)], dim=1)
+
+    def _query_factors(self, q_weight: Tensor, q_lora_rank: int) -> tuple[Tensor, Tensor]:
+        """Queries at low rank, in the metric of the inputs: the best approximation of E‖q − q̂‖²."""
+        inputs = self._statistics.inputs
+        assert inputs is not None, "factorised queries need the second moments of the inputs"
+        root, inverse = _roots(inputs[None])
+        left, values, right = torch.linalg.svd(q_weight @ root[0], full_matrices=False)
+        q_a = right[:q_lora_rank] @ inverse[0]
+        return q_a, left[:, :q_lora_rank] * values[:q_lora_rank]
+
+
+def _apply_heads(maps_HOd: Tensor, rows: Tensor) -> Tensor:
+    """Per-head maps on rows [H·d, Y] -> [H·O, Y]."""
+    heads = maps_HOd.shape[0]
+    return (maps_HOd @ rows.double().view(heads, -1, rows.shape[-1])).flatten(0, 1)
+
+
+def _roots(metrics: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of positive semi-definite matrices [..., n, n], and their pseudo-inverses."""
+    eigenvalues, vectors = torch.linalg.eigh(metrics)
+    root = eigenvalues.clamp_min(0).sqrt()
+    keep = eigenvalues > _NEGLIGIBLE * eigenvalues[..., -1:]
+    inverse = torch.where(keep, 1 / root.clamp_min(1e-300), 0.0)
+    root = torch.where(keep, root, 0.0)
+    flipped = vectors.transpose(-1, -2)
+    return (vectors * root[..., None, :]) @ flipped, (vectors * inverse[..., None, :]) @ flipped

@@ -1,0 +1,108 @@
+"""Attention of one layer on whole windows, in plain torch: the source's and its MLA form's, for statistics and regression.
+
+Letters: W windows, T tokens, X hidden_size, H heads, G groups, d head_dim, N qk_nope_head_dim, P qk_rope_head_dim,
+V v_head_dim, R kv_lora_rank. cos and sin [1 or W, T, d] are the source's tables (half-split, the second half repeats the
+first), mask [1, 1, T, T] boolean (True attends), softmax_scale the source's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What an attention layer is called with beside its input, the same for all windows."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+    softmax_scale: float
+    norm_eps: float = 1e-6
+
+
+def source_projections(source: SourceAttention, x_WTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [W, T, H, d], keys and values [W, T, G, d] before rotation, in the dtype of the weights."""
+    queries = functional.linear(x_WTX, source.q_weight, source.q_bias).unflatten(-1, (source.num_attention_heads, -1))
+    keys = functional.linear(x_WTX, source.k_weight, source.k_bias).unflatten(-1, (source.num_key_value_heads, -1))
+    values = functional.linear(x_WTX, source.v_weight, source.v_bias).unflatten(-1, (source.num_key_value_heads, -1))
+    return queries, keys, values
+
+
+def source_output(source: SourceAttention, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """Output of the source's attention [W, T, X], o_proj included."""
+    queries, keys, values = source_projections(source, x_WTX)
+    cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
+    repeats = source.heads_per_group
+    out = functional.scaled_dot_product_attention(
+        rotate(queries, cos, sin).transpose(1, 2),
+        rotate(keys, cos, sin).transpose(1, 2).repeat_interleave(repeats, dim=1),
+        values.transpose(1, 2).repeat_interleave(repeats, dim=1),
+        attn_mask=context.mask,
+        scale=context.softmax_scale,
+    )
+    return functional.linear(out.transpose(1, 2).flatten(2), source.o_weight, source.o_bias)
+
+
+def source_probabilities(queries: Tensor, keys: Tensor, context: AttentionContext) -> Tensor:
+    """Attention weights [W, H, T, T] from the un-rotated queries [W, T, H, d] and keys [W, T, G, d]."""
+    cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
+    rotated = rotate(keys, cos, sin).repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)
+    scores = torch.einsum("wthd,wshd->whts", rotate(queries, cos, sin), rotated) * context.softmax_scale
+    return scores.masked_fill(~context.mask, -torch.inf).softmax(dim=-1)
+
+
+def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """Attended latents [W, T, H, R]: what each head's value up-projection is applied to."""
+    rope = 2 * len(mla.rope_index or ())
+    queries = _mla_queries(mla, x_WTX).unflatten(-1, (num_heads, -1))
+    q_nope, q_rope = queries.split([queries.shape[-1] - rope, rope], dim=-1)
+    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
+    c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
+    if mla.latent_norm_weight is not None:
+        c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
+    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
+    cos, sin = context.cos[..., columns], context.sin[..., columns]
+    w_uk, _ = split_up_projection(mla, num_heads)
+    q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
+    query_rows = torch.cat([q_latent, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))], dim=-1).transpose(1, 2)
+    key_rows = torch.cat([c_kv, rotate(k_rope, cos, sin)], dim=-1).unsqueeze(1).expand(-1, num_heads, -1, -1)
+    out = functional.scaled_dot_product_attention(
+        query_rows, key_rows, key_rows, attn_mask=context.mask, scale=context.softmax_scale
+    )
+    return out.transpose(1, 2)[..., : c_kv.shape[-1]]
+
+
+def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """Output of the MLA form [W, T, X], o_proj included. Differentiable with respect to the weights."""
+    _, w_uv = split_up_projection(mla, num_heads)
+    values = torch.einsum("wthr,hvr->wthv", mla_attended(mla, num_heads, x_WTX, context), w_uv)
+    if mla.kv_b_bias is not None:
+        values = values + mla.kv_b_bias.unflatten(0, (num_heads, -1))[:, -w_uv.shape[1] :]
+    return functional.linear(values.flatten(2), mla.o_weight, mla.o_bias)
+
+
+def split_up_projection(mla: MlaAttention, num_heads: int) -> tuple[Tensor, Tensor]:
+    """W_UK [H, N, R] and W_UV [H, V, R]."""
+    width = mla.o_weight.shape[1] // num_heads
+    rows = mla.kv_b_weight.unflatten(0, (num_heads, -1))
+    return rows[:, : rows.shape[1] - width], rows[:, rows.shape[1] - width :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of half-split pairs: x [..., P], cos and sin broadcastable to it."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _mla_queries(mla: MlaAttention, x_WTX: Tensor) -> Tensor:
+    if mla.q_weight is not None:
+        return functional.linear(x_WTX, mla.q_weight, mla.q_bias)
+    assert mla.q_a_weight is not None and mla.q_b_weight is not None
+    return functional.linear(functional.linear(x_WTX, mla.q_a_weight), mla.q_b_weight, mla.q_bias)

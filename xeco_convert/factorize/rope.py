@@ -1,0 +1,79 @@
+"""Which rotary components of all groups share the one rotary key, and what the others are worth without rotation.
+
+Rotary pairs are complex numbers: z_{g,i} = k_{g,i} + j·k_{g,i+d/2}, y_{h,i} likewise of the queries, and a score is
+scale · Σ_i Re(conj(y_{h,i}) · z_{g(h),i} · e^{-jθ_i(t-s)}). A complex linear map across groups commutes with the rotation, so
+the principal directions of a frequency are complex (docs/conversion.md, step 1).
+
+Letters: G groups, H heads, d head_dim, F = d/2 frequencies, J = P/2 selected components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xeco_convert.factorize.attention import SourceAttention
+from xeco_convert.factorize.statistics import LayerStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryComponents:
+    """All G·F components of a layer, best first.
+
+    `frequency` [G·F] int64; `gain` [G·F]: output error that a rotary slot saves over leaving the component un-rotated;
+    `encode` [G·F, G] and `decode` [G·F, G] complex: u = encode · z reads the component from the groups' keys of that
+    frequency, decode · u puts it back.
+    """
+
+    frequency: Tensor
+    gain: Tensor
+    encode: Tensor
+    decode: Tensor
+
+
+def rotary_components(source: SourceAttention, statistics: LayerStatistics, head_weight: Tensor) -> RotaryComponents:
+    """Principal complex directions across groups of every frequency, weighted by how strongly the queries look at them.
+
+    `head_weight` [H] turns a squared score error of a head into a squared output error (λ_h of docs/conversion.md).
+    """
+    groups, half = source.num_key_value_heads, source.head_dim // 2
+    width = groups * source.head_dim
+    moments_FGG = complex_moments(statistics.attended[:width, :width], groups)
+    lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)
+    power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)
+    weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, half).sum(dim=1)
+    # A group that no query looks at would make the weights singular; its components come last anyway.
+    weight_FG = weight_GF.T.clamp_min(1e-9 * float(weight_GF.max()))
+    root = weight_FG.sqrt().to(moments_FGG.dtype)
+    eigenvalues, vectors = torch.linalg.eigh(root[:, :, None] * moments_FGG * root[:, None, :])
+    gain, order = eigenvalues.clamp_min(0).flatten().sort(descending=True, stable=True)
+    frequency = order // groups
+    direction = vectors.transpose(1, 2).flatten(0, 1)[order]  # [G·F, G], one eigenvector a row
+    chosen_root = root[frequency]
+    return RotaryComponents(
+        frequency=frequency, gain=gain, encode=direction.conj() * chosen_root, decode=direction / chosen_root
+    )
+
+
+def complex_moments(gram: Tensor, groups: int) -> Tensor:
+    """E[z_g z_g'*] of each frequency [F, G, G] complex, from the real second moments [G·d, G·d] of half-split rows."""
+    parts = gram.view(groups, 2, -1, groups, 2, gram.shape[0] // (2 * groups)).diagonal(dim1=2, dim2=5)
+    (rr, ri), (ir, ii) = (part.unbind(dim=2) for part in parts.unbind(dim=1))  # each [G, G', F]
+    return torch.complex(rr + ii, ir - ri).permute(2, 0, 1).contiguous()
+
+
+def real_rows(rows_JG: Tensor, frequency_J: Tensor, half: int) -> Tensor:
+    """Complex rows over groups, each at one frequency, as real rows over half-split keys: [2J, G·d], real parts first.
+
+    Row j of the first half gives Re(Σ_g rows[j, g] · z_g,i), row j of the second half its imaginary part.
+    """
+    count, groups = rows_JG.shape
+    real = torch.zeros(2, count, groups, 2, half, dtype=rows_JG.real.dtype, device=rows_JG.device)
+    index = torch.arange(count, device=rows_JG.device)
+    real[0, index, :, 0, frequency_J] = rows_JG.real
+    real[0, index, :, 1, frequency_J] = -rows_JG.imag
+    real[1, index, :, 0, frequency_J] = rows_JG.imag
+    real[1, index, :, 1, frequency_J] = rows_JG.real
+    return real.reshape(2 * count, groups * 2 * half)

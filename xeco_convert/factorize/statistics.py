@@ -1,0 +1,110 @@
+"""What the calibrated factorisation needs to know of a layer's activations, accumulated window by window in float64.
+
+The statistics are those of queries, keys and values rather than of the layer's input: second moments of what the layer
+computes are all that the closed form uses, they are small whatever hidden_size is, and biases are in them already.
+
+Letters as in forward.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xeco_convert.factorize.attention import SourceAttention
+from xeco_convert.factorize.forward import AttentionContext, source_probabilities, source_projections
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """Second moments of one layer, float64.
+
+    `attended` [2Gd, 2Gd]: E[κ κᵀ] of κ = (keys, values) of all groups before rotation, each token weighted by the attention
+    that it receives. `values` [Gd, Gd]: E[v vᵀ], tokens weighted alike. `queries` [H, d, d]: E[q qᵀ] of each head.
+    `rotation` [H, d/2] complex: mean of e^{-jθ(t-s)} (times the rotary type's scaling) over the pairs (t, s) that the head
+    looks at, weighted by how much. `overlap` [H, H]: cosine of the heads' attention weights, 1 where two heads look at the
+    same tokens. `inputs` [X, X]: E[x xᵀ], only where queries are factorised too.
+    """
+
+    attended: Tensor
+    values: Tensor
+    queries: Tensor
+    rotation: Tensor
+    rotation_scale: float
+    overlap: Tensor
+    num_tokens: int
+    inputs: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> LayerStatistics:
+        """The same on another device."""
+        moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in vars(self).items()}
+        return LayerStatistics(**moved)
+
+
+class StatisticsAccumulator:
+    """Adds up the statistics of one layer over windows [w, T, X] of its (normed) input."""
+
+    def __init__(self, source: SourceAttention, context: AttentionContext, *, with_inputs: bool = False) -> None:
+        self._source = source
+        self._context = context
+        device = source.q_weight.device
+        heads, width = source.num_attention_heads, source.num_key_value_heads * source.head_dim
+        length = context.mask.shape[-1]
+        self._attended = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=device)
+        self._values = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._queries = torch.zeros(heads, source.head_dim, source.head_dim, dtype=torch.float64, device=device)
+        self._distances = torch.zeros(heads, length, dtype=torch.float64, device=device)
+        positions = torch.arange(length, device=device)
+        self._distance = (positions[:, None] - positions[None]).clamp_min(0).flatten()
+        self._overlap = torch.zeros(heads, heads, dtype=torch.float64, device=device)
+        self._inputs = (
+            torch.zeros((source.q_weight.shape[1],) * 2, dtype=torch.float64, device=device) if with_inputs else None
+        )
+        self._weight = 0.0
+        self._num_tokens = 0
+
+    def add(self, x_WTX: Tensor, counts_WT: Tensor) -> None:
+        """Windows of inputs in the dtype of the weights, and which of their tokens count, as queries and as values."""
+        for x_TX, counts_T in zip(x_WTX, counts_WT.to(x_WTX.device), strict=True):
+            queries, keys, values = (part[0] for part in source_projections(self._source, x_TX[None]))
+            probabilities = source_probabilities(queries[None], keys[None], self._context)[0]
+            probabilities = probabilities * counts_T[:, None]  # only what counted queries look at
+            received_T = probabilities.sum(dim=(0, 1)).double()
+            flat = probabilities.flatten(1)
+            self._overlap += (flat @ flat.T).double()
+            joint = torch.cat([keys.flatten(1), values.flatten(1)], dim=1).double()
+            self._attended += joint.T @ (joint * received_T[:, None])
+            self._weight += float(received_T.sum())
+            counted = values[counts_T].flatten(1).double()
+            self._values += counted.T @ counted
+            q_THd = queries[counts_T].double()
+            self._queries += torch.einsum("thd,the->hde", q_THd, q_THd)
+            self._distances.index_add_(1, self._distance, flat.double())
+            if self._inputs is not None:
+                counted_x = x_TX[counts_T].double()
+                self._inputs += counted_x.T @ counted_x
+            self._num_tokens += int(counts_T.sum())
+
+    def result(self) -> LayerStatistics:
+        """The statistics of what was added. Raises `ValueError` where nothing was."""
+        if self._num_tokens == 0:
+            raise ValueError("statistics need at least one token that counts")
+        half = self._source.head_dim // 2
+        cos, sin = self._context.cos[0, :, :half].double(), self._context.sin[0, :, :half].double()
+        scale = float(cos[0, 0])  # both rotated sides carry the rotary type's scaling: at position 0 the table shows it
+        turns = torch.complex(cos, -sin) * scale
+        shares = self._distances / self._distances.sum(dim=1, keepdim=True)
+        norms = self._overlap.diagonal().sqrt()
+        return LayerStatistics(
+            overlap=self._overlap / (norms[:, None] * norms[None]),
+            attended=self._attended / self._weight,
+            values=self._values / self._num_tokens,
+            queries=self._queries / self._num_tokens,
+            rotation=shares.to(turns.dtype) @ turns,
+            rotation_scale=scale * scale,
+            num_tokens=self._num_tokens,
+            inputs=None if self._inputs is None else self._inputs / self._num_tokens,
+        )

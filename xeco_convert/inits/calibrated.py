@@ -1,0 +1,284 @@
+"""`--init calibrated`: the closed form from the source's activations, widths by sensitivity, and refinement.
+
+The source is gone through layer by layer: once to survey the layers where a rank policy needs all of them, and once to
+convert. Beside the source's hidden states go those of the converted model, for regression and for measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xeco_convert.calibration.fidelity import StreamFidelity, stream_fidelity
+from xeco_convert.calibration.sampling import sample_windows
+from xeco_convert.calibration.stream import LayerView, SourceStream
+from xeco_convert.calibration.survey import Survey
+from xeco_convert.calibration.text import read_windows
+from xeco_convert.calibration.windows import LEAST_TOKENS, CalibrationWindows
+from xeco_convert.calibration.work import WorkFolder
+from xeco_convert.checkpoint import TensorReader
+from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.calibrated import CalibratedLayer
+from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.refit import ValueRefit
+from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
+from xeco_convert.inits.base import ConvertedLayer, Progress, read_attention
+from xeco_convert.plan import ConversionPlan
+from xeco_convert.ranks import energy_ranks
+from xeco_convert.ranks.budget import Widths, candidate_widths, split_budget
+from xeco_convert.refine import LayerRefinement, RefineOptions
+
+_WINDOW_TOKENS = 512
+_MEASURED_WINDOWS = 8
+_SURVEY_SHARE = 0.4  # of the work, where there is a survey: for the progress bar
+
+
+class CalibratedInitialisation:
+    """Survey (where needed) and conversion of all layers, on one set of calibration windows."""
+
+    def __init__(self, plan: ConversionPlan, device: torch.device, on_progress: Progress) -> None:
+        self._plan = plan
+        self._device = device
+        self._on_progress = on_progress
+        self._reader = TensorReader(plan.index)
+        self._surveyed = not plan.ranks_are_final
+        on_progress("calibration text", 0.0)
+        self._work = WorkFolder(plan)
+        self._windows = self._kept_windows()
+        self._num_calibrated = self._calibrated_windows()
+        self._stream = SourceStream(plan, self._windows, device)
+        self._fidelity: StreamFidelity | None = None
+
+    def _calibrated_windows(self) -> int:
+        """How many windows to calibrate on: those asked for; the others, or else an eighth of all, are for measuring."""
+        found, length = self._windows.ids.shape
+        wanted = -(-max(self._plan.options.calibration_tokens, LEAST_TOKENS) // length)
+        return wanted if wanted < found else -(-7 * found // 8)
+
+    def final_plan(self) -> ConversionPlan:
+        """The plan with ranks by number, by energy of the calibrated spectrum, or by the sensitivity of each layer."""
+        options = self._plan.options
+        if options.energy is not None:
+            self._plan = self._plan.with_widths(self._widths_by_energy(options.energy))
+        elif options.has_budget:
+            self._plan = self._plan.with_widths(self._widths_by_sensitivity())
+        return self._plan
+
+    def layers(self) -> Iterator[ConvertedLayer]:
+        """Each converted layer; the converted model's hidden states follow it."""
+        first = _SURVEY_SHARE if self._surveyed else 0.0
+        converted: Tensor | None = None
+        for view in self._stream.layers():
+            self._on_progress(f"layer {view.number}", first + (1 - first) * view.number / len(self._plan.layers))
+            converted = view.inputs.clone() if converted is None else converted
+            factors = None
+            if self._plan.layers[view.number].shape is not None:
+                layer = self._convert(view, converted)
+                factors = layer.factors
+                yield layer
+            self._advance(view, converted, factors)
+            last = view
+        assert converted is not None
+        measured = slice(self._num_calibrated, None)
+        windows = self._windows
+        if windows.counts[measured].any():
+            self._fidelity = stream_fidelity(
+                self._stream.output_head(),
+                last.inputs[measured],
+                converted[measured],
+                windows.ids[measured],
+                last.counts[measured],
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """Calibration text and step-0 quality."""
+        return {
+            "calibration": self._windows.description,
+            "calibration_tokens": int(self._windows.counts[: self._num_calibrated].sum()),
+            "fidelity": None if self._fidelity is None else self._fidelity.to_dict(),
+        }
+
+    def _widths_by_energy(self, energy: float) -> list[Widths]:
+        options, spectra, ropes = self._plan.options, [], []
+        for view in self._surveyed_views():
+            shape = self._plan.layers[view.number].shape
+            assert shape is not None
+            ropes.append(shape.qk_rope_head_dim)
+            source = self._source(view)
+            layer = self._calibrated_layer(view, source)
+            # energy is a share of squared singular values, which the eigenvalues are
+            spectra.append(layer.latent_spectrum(ropes[-1])[: shape.kv_lora_rank].sqrt().cpu().numpy())
+        ranks = energy_ranks(spectra, energy, ends=options.rank if options.fixed_ends else None)
+        return [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in zip(ranks, ropes, strict=True)]
+
+    def _widths_by_sensitivity(self) -> list[Widths]:
+        plan, geometry = self._plan, self._plan.geometry
+        budget, multiple = plan.kv_budget, plan.rank_multiple
+        assert budget is not None
+        average = budget / len(plan.converted_layers)
+        full_rank = min(geometry.cache_width, geometry.hidden_size)
+        most_rope = geometry.num_key_value_heads * geometry.head_dim
+        offers = candidate_widths(full_rank, most_rope, multiple, average)
+        survey = Survey(offers, average, self._windows)
+        for view in self._surveyed_views(survey):
+            source = self._source(view)
+            survey.add(view, source, self._calibrated_layer(view, source))
+        costs = survey.costs(view.inputs, self._stream.output_head())
+        return list(split_budget(costs, budget))
+
+    def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
+        """The converted layers of a first pass."""
+        for view in self._stream.layers():
+            share = _SURVEY_SHARE * view.number / len(self._plan.layers)
+            self._on_progress(f"survey of layer {view.number}", share)
+            if survey is not None:
+                survey.advance_branches(view)
+            if self._plan.layers[view.number].shape is not None:
+                yield view
+
+    def _source(self, view: LayerView) -> SourceAttention:
+        return read_attention(self._plan, self._reader, view.number, self._device)
+
+    def _kept_windows(self) -> CalibrationWindows:
+        """The calibration windows, from the work folder where an earlier run left them."""
+        kept = self._work.load("windows")
+        if kept is None:
+            windows = _calibration_windows(self._plan, self._device)
+            kept = {"ids": windows.ids, "counts": windows.counts, "description": windows.description}
+            self._work.save("windows", kept)
+        return CalibrationWindows(**kept)
+
+    @torch.no_grad()
+    def _calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
+        """The layer's closed form, from statistics that are kept from the survey to the conversion."""
+        name = f"statistics-{view.number}"
+        kept = self._work.load(name)
+        if kept is None:
+            with_inputs = self._plan.options.q_rank is not None
+            accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
+            for part in view.batches(view.inputs[: self._num_calibrated]):
+                accumulator.add(view.normed(view.inputs[part]), view.counts[part])
+            kept = vars(accumulator.result())
+            self._work.save(name, kept)
+        return CalibratedLayer(source, LayerStatistics(**kept).to(self._device), view.softmax_scale)
+
+    def _convert(self, view: LayerView, converted: Tensor) -> ConvertedLayer:
+        name = f"factors-{view.number}"
+        source = self._source(view)
+        kept = self._work.load(name)
+        if kept is None:
+            factors, errors, details = self._factorised(view, source, converted)
+            kept = {"factors": vars(factors), "errors": vars(errors), "details": details}
+            self._work.save(name, kept)
+        factors = MlaAttention(**kept["factors"])
+        return ConvertedLayer(
+            layer=view.number,
+            source=source,
+            factors=factors.with_tensors({name: t.to(self._device) for name, t in factors.tensors().items()}),
+            errors=LayerErrors(**kept["errors"]),
+            details=kept["details"],
+        )
+
+    def _factorised(
+        self, view: LayerView, source: SourceAttention, converted: Tensor
+    ) -> tuple[MlaAttention, LayerErrors, dict[str, Any]]:
+        """Closed form, refit and, where asked for, regression of one layer."""
+        shape = self._plan.layers[view.number].shape
+        assert shape is not None
+        rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
+        layer = self._calibrated_layer(view, source)
+        exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
+        closed_form = exact.to(torch.float32)
+        factors = self._refitted(view, source, closed_form, converted)
+        details: dict[str, Any] = {
+            "expected_error": layer.expected_error(rank, rope),
+            "closed_form_error": self._error(view, source, closed_form),
+            "refitted_error": self._error(view, source, factors),
+            "rope_index": list(exact.rope_index or ()),
+            "spectrum": layer.latent_spectrum(rope).tolist(),
+        }
+        if self._plan.options.refine:
+            refined = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options()).run(
+                factors
+            )
+            factors = refined.factors
+            details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
+        return factors, layer.errors(rank, rope), details
+
+    def _refine_options(self) -> RefineOptions:
+        options, layers = self._plan.options, len(self._plan.converted_layers)
+        minutes = options.refine_minutes
+        return RefineOptions(
+            steps=options.refine_steps or RefineOptions.steps,
+            seconds=None if minutes is None else minutes * 60 / layers,
+            seed=options.seed,
+        )
+
+    @torch.no_grad()
+    def _refitted(
+        self, view: LayerView, source: SourceAttention, factors: MlaAttention, converted: Tensor
+    ) -> MlaAttention:
+        """The value side fitted on the inputs that the converted layers below give, so that it also repairs their errors:
+        the target is what leads from there to the source's hidden states after attention."""
+        refit = ValueRefit(source, factors, view.context())
+        for part in view.batches(view.inputs[: self._num_calibrated]):
+            before, inputs = view.inputs[part], converted[part]
+            after = before + source_output(source, view.normed(before), view.context())
+            held_out = part.start >= _held_out_from(self._num_calibrated)
+            refit.add(view.normed(inputs), view.counts[part], target_WTX=after - inputs, held_out=held_out)
+        return refit.result()
+
+    @torch.no_grad()
+    def _error(self, view: LayerView, source: SourceAttention, factors: MlaAttention) -> float:
+        """Relative squared error of the attention's output, on the windows for measuring where there are any."""
+        lost, total = 0.0, 0.0
+        context = view.context()
+        for part in view.batches(view.inputs):
+            if part.stop <= self._num_calibrated and self._num_calibrated < view.inputs.shape[0]:
+                continue
+            normed, counts = view.normed(view.inputs[part]), view.counts[part]
+            target = source_output(source, normed, context)[counts]
+            lost += float(
+                (mla_output(factors, source.num_attention_heads, normed, context)[counts] - target).square().sum()
+            )
+            total += float(target.square().sum())
+        return lost / total if total > 0 else 0.0
+
+    @torch.no_grad()
+    def _advance(self, view: LayerView, converted: Tensor, factors: MlaAttention | None) -> None:
+        """Move the converted model's hidden states through its own layer."""
+        for part in view.batches(converted):
+            inputs = converted[part]
+            if factors is None:
+                converted[part] = view.run(inputs)
+            else:
+                heads = self._plan.geometry.num_attention_heads
+                attention = mla_output(factors, heads, view.normed(inputs), view.context())
+                converted[part] = view.run_with_attention(inputs, attention)
+
+
+def _held_out_from(num_windows: int) -> int:
+    """First of the calibration windows that choose between fits: the last eighth."""
+    return num_windows - max(1, num_windows // 8)
+
+
+def _calibration_windows(plan: ConversionPlan, device: torch.device) -> CalibrationWindows:
+    """The windows that the options ask for, and some more for measuring."""
+    options = plan.options
+    longest = plan.index.config.get("max_position_embeddings")
+    length = min(_WINDOW_TOKENS, longest) if isinstance(longest, int) else _WINDOW_TOKENS
+    num_tokens = max(options.calibration_tokens, LEAST_TOKENS) + _MEASURED_WINDOWS * length
+    if options.calibration is not None:
+        return read_windows(options.calibration, plan.index.folder, length=length, num_tokens=num_tokens)
+    weights_bytes = sum(header.num_bytes for header in plan.index.headers.values())
+    return sample_windows(
+        plan.index.folder,
+        weights_bytes=weights_bytes,
+        length=length,
+        num_tokens=num_tokens,
+        seed=options.seed,
+        device=device,
+    )

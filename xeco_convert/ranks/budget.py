@@ -1,0 +1,125 @@
+"""A KV budget, split between latent and rotary key and across layers so that the expected cost at the output is least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xeco_convert.errors import OptionError
+
+DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
+_MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Cached numbers per token of one layer: the latent's and the rotary key's."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+
+    @property
+    def total(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+def default_multiple(cache_width: int) -> int:
+    """16, or the largest power of two within 1/16 of a layer's cache where that is smaller (at least 2)."""
+    multiple = DEFAULT_MULTIPLE
+    while multiple > 2 and multiple > cache_width / 16:
+        multiple //= 2
+    return multiple
+
+
+def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: float) -> list[Widths]:
+    """Widths worth measuring around an average of `average` numbers per token and layer, at most about 24.
+
+    Ranks in steps of `multiple`, rotary widths in half steps (the rotary key is the smaller part); sums from 0.4 to 2.2
+    times the average, a rotary share from 1/8 to 3/4. The smallest of all is always there, so that a budget that can be
+    met at all is.
+    """
+    half = rope_step(multiple)
+    least = Widths(kv_lora_rank=multiple, qk_rope_head_dim=half)
+    every = [
+        Widths(kv_lora_rank=rank, qk_rope_head_dim=rope)
+        for rank in range(multiple, full_rank + 1, multiple)
+        for rope in range(half, most_rope + 1, half)
+        if 0.4 * average <= rank + rope <= 2.2 * average and 1 / 8 <= rope / (rank + rope) <= 3 / 4
+    ]
+    every.sort(key=lambda widths: (widths.total, widths.qk_rope_head_dim))
+    thinned = (
+        every
+        if len(every) <= _MOST_CANDIDATES
+        else [every[round(place * (len(every) - 1) / (_MOST_CANDIDATES - 1))] for place in range(_MOST_CANDIDATES)]
+    )
+    return thinned if least in thinned else [least, *thinned]
+
+
+def rope_step(multiple: int) -> int:
+    """Step of the rotary width: half a step of the rank, even because rotary rows come in pairs."""
+    return max(2, multiple // 2 // 2 * 2)
+
+
+def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[Widths, ...]:
+    """Widths for every layer whose totals stay within `budget` (numbers per token, all layers) at the least summed cost.
+
+    `costs`: for each layer the expected cost of every width on offer. An exact dynamic programme over the budget. Raises
+    `OptionError` that says the smallest possible budget where none fits.
+    """
+    smallest = sum(min(widths.total for widths in offers) for offers in costs)
+    if smallest > budget:
+        raise OptionError(
+            f"--kv-size: a budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
+            "Allow more, or lower --rank-multiple."
+        )
+    unit = math.gcd(*(widths.total for offers in costs for widths in offers))
+    steps = budget // unit
+    best = np.zeros(steps + 1)  # least cost of the layers so far within each budget
+    picks: list[list[Widths | None]] = []
+    for offers in costs:
+        best, pick = _add_layer(best, _cheapest_by_steps(offers, unit), steps)
+        picks.append(pick)
+    return _trace(picks, steps, unit)
+
+
+def _cheapest_by_steps(offers: Mapping[Widths, float], unit: int) -> dict[int, tuple[float, Widths]]:
+    """Of the widths with the same total the cheapest, by number of steps."""
+    cheapest: dict[int, tuple[float, Widths]] = {}
+    for widths, cost in offers.items():
+        size = widths.total // unit
+        if size not in cheapest or cost < cheapest[size][0]:
+            cheapest[size] = (cost, widths)
+    return cheapest
+
+
+def _add_layer(
+    best: NDArray[np.float64], cheapest: Mapping[int, tuple[float, Widths]], steps: int
+) -> tuple[NDArray[np.float64], list[Widths | None]]:
+    """One row of the dynamic programme: the least cost within each budget, and the widths that it takes here."""
+    total = np.full(steps + 1, np.inf)
+    pick: list[Widths | None] = [None] * (steps + 1)
+    for size, (cost, widths) in sorted(cheapest.items()):
+        if size > steps:
+            break
+        offered = best[: steps + 1 - size] + cost
+        better = np.flatnonzero(offered < total[size:]) + size
+        total[better] = offered[better - size]
+        for place in better:
+            pick[place] = widths
+    return total, pick
+
+
+def _trace(picks: Sequence[Sequence[Widths | None]], steps: int, unit: int) -> tuple[Widths, ...]:
+    """The choices that led to the least cost, from the last layer back."""
+    chosen: list[Widths] = []
+    left = steps
+    for pick in reversed(picks):
+        widths = pick[left]
+        assert widths is not None, "the smallest budget was checked"
+        chosen.append(widths)
+        left -= widths.total // unit
+    return tuple(reversed(chosen))

@@ -1,0 +1,208 @@
+"""`--refine`: improves converted layers one at a time from unlabelled text (docs/conversion.md, steps 5 and 8).
+
+Each layer sees the hidden states that the converted layers below produce and aims at the source's own, so it also repairs
+what they got wrong; the error is taken after the layer's feed-forward part. First the closed-form refit of the value side
+on those inputs, then Adam on all of the layer's MLA weights. Whatever does best on held-out windows is kept.
+
+Letters: W windows, T tokens, X hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xeco_convert.calibration.stream import LayerView
+from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.refit import ValueRefit
+
+_WARM_UP_STEPS = 10
+_LAST_RATE = 0.02  # of the cosine schedule, as a share of the learning rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineOptions:
+    """`learning_rate` is for float32 weights with balanced scales. A step takes `batch_tokens` tokens. `deadline` (in
+    seconds of time.monotonic) ends the regression early: the schedule then runs by the clock."""
+
+    steps: int = 200
+    learning_rate: float = 5e-3
+    batch_tokens: int = 2048
+    held_out_windows: int = 8
+    seconds: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedLayer:
+    """The best of the stages; `errors`: held-out relative squared error after the layer by stage (start, refit,
+    regression); `kept`: the stage that `factors` come from."""
+
+    factors: MlaAttention
+    errors: dict[str, float]
+    kept: str
+    seconds: float
+
+
+class LayerRefinement:
+    """The work on one layer: `inputs` [W, T, X] are the converted model's hidden states before it, `view.inputs` the
+    source's. `calibrated`: the windows that may be looked at; the last `held_out_windows` of them decide what is kept."""
+
+    def __init__(
+        self, view: LayerView, source: SourceAttention, inputs: Tensor, windows: int, options: RefineOptions
+    ) -> None:
+        self._view = view
+        self._source = source
+        self._inputs = inputs
+        self._options = options
+        self._heads = source.num_attention_heads
+        self._context = view.context()
+        held_out = max(1, min(options.held_out_windows, windows // 8))
+        self._trained, self._held_out = slice(0, windows - held_out), slice(windows - held_out, windows)
+        self._batch = max(1, options.batch_tokens // inputs.shape[1])
+        self._targets = torch.empty_like(inputs[:windows])
+        self._scale = self._aim()
+
+    @torch.no_grad()
+    def _aim(self) -> float:
+        """Targets: the source's hidden states after the layer. Returns the mean square of what the layer adds."""
+        added, counted = 0.0, 0
+        for part in self._parts(slice(0, self._held_out.stop)):
+            before = self._view.inputs[part]
+            self._targets[part] = self._view.run(before)
+            counts = self._view.counts[part]
+            added += float((self._targets[part] - before)[counts].square().sum())
+            counted += int(counts.sum()) * before.shape[-1]
+        return added / counted
+
+    def run(self, start: MlaAttention) -> RefinedLayer:
+        """Refit, regress, choose."""
+        began = time.monotonic()
+        stages = {"start": start, "refit": self._refit(start)}
+        errors = {name: self.held_out_error(factors) for name, factors in stages.items()}
+        kept = min(errors, key=lambda name: errors[name])
+        for rate in (self._options.learning_rate, self._options.learning_rate / 4):
+            stages["regression"] = self._regress(balance_scales(stages[kept], self._heads), rate)
+            errors["regression"] = self.held_out_error(stages["regression"])
+            if errors["regression"] < errors[kept]:
+                kept = "regression"
+                break  # else once more, four times slower
+        return RefinedLayer(factors=stages[kept], errors=errors, kept=kept, seconds=time.monotonic() - began)
+
+    @torch.no_grad()
+    def _refit(self, start: MlaAttention) -> MlaAttention:
+        """Value side by least squares, towards the source's hidden states after attention."""
+        refit = ValueRefit(self._source, start, self._context)
+        for part in self._parts(self._trained):
+            before = self._view.inputs[part]
+            after = before + source_output(self._source, self._view.normed(before), self._context)
+            inputs = self._inputs[part]
+            refit.add(self._view.normed(inputs), self._view.counts[part], target_WTX=after - inputs)
+        return refit.result()
+
+    @torch.no_grad()
+    def held_out_error(self, factors: MlaAttention) -> float:
+        """Relative squared error after the layer on windows that nothing was fitted to."""
+        parts = list(self._parts(self._held_out))
+        sums = [float(self._error(factors, part)) * int(self._view.counts[part].sum()) for part in parts]
+        total = sum(sums) / max(1, int(self._view.counts[self._held_out].sum()))
+        return total if math.isfinite(total) else math.inf
+
+    def _error(self, factors: MlaAttention, part: slice | Tensor) -> Tensor:
+        """Mean squared error of the hidden states after the layer, relative to what the source's layer adds."""
+        inputs = self._inputs[part]
+        attention = mla_output(factors, self._heads, self._view.normed(inputs), self._context)
+        error = self._view.run_with_attention(inputs, attention) - self._targets[part]
+        return error[self._view.counts[part]].square().mean() / self._scale
+
+    def _regress(self, start: MlaAttention, learning_rate: float) -> MlaAttention:
+        """Adam on every weight; the learning rate warms up, then follows a cosine."""
+        options = self._options
+        parameters = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in start.tensors().items()}
+        optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate, betas=(0.9, 0.95))
+        batches = _shuffled(self._trained.stop, self._batch, options.seed)
+        began = time.monotonic()
+        for step in range(options.steps):
+            progress = step / options.steps
+            if options.seconds is not None:
+                progress = max(progress, (time.monotonic() - began) / options.seconds)
+            if progress >= 1:
+                break
+            cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / _WARM_UP_STEPS) * cosine
+            optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss = self._error(start.with_tensors(parameters), next(batches))
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return start.with_tensors({name: tensor.detach() for name, tensor in parameters.items()})
+
+    def _parts(self, windows: slice) -> Iterator[slice]:
+        for first in range(windows.start, windows.stop, self._batch):
+            yield slice(first, min(first + self._batch, windows.stop))
+
+
+def _shuffled(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless random batches of the window numbers below `count`, every window at most once in a pass."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, max(1, count - batch + 1), batch):  # an incomplete last batch is left out
+            yield order[start : start + batch]
+
+
+def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
+    """The same function with the free scales settled so that factors that face each other have equal rms.
+
+    Latent channels (kv_a rows against kv_b columns), rotary pairs (kv_a rows against query rows), un-rotated keys (kv_b
+    rows against query rows) and values (kv_b rows against o_proj columns) of each head. Adam moves all weights by the same
+    step, so factors in output units, whose scales differ by hundreds, would learn at rates that differ as much. A layer
+    with a latent norm keeps the scales of its latent, which the norm sees.
+    """
+    rank, rope = mla.kv_b_weight.shape[1], 2 * len(mla.rope_index or ())
+    query = mla.q_weight if mla.q_weight is not None else mla.q_b_weight
+    assert query is not None
+    q_HQX, kv_b_HUR = query.unflatten(0, (num_heads, -1)), mla.kv_b_weight.unflatten(0, (num_heads, -1))
+    o_XHV = mla.o_weight.unflatten(1, (num_heads, -1))
+    nope, width = q_HQX.shape[1] - rope, o_XHV.shape[2]
+    latent_R = _balance(_rms(mla.kv_a_weight[:rank], 1), _rms(kv_b_HUR, (0, 1)))
+    if mla.latent_norm_weight is not None:
+        latent_R = torch.ones_like(latent_R)
+    pairs = _balance(
+        _rms(mla.kv_a_weight[rank:].unflatten(0, (2, -1)), (0, 2)),
+        _rms(q_HQX[:, nope:].unflatten(1, (2, -1)), (0, 1, 3)),
+    )
+    rope_P = pairs.repeat(2)
+    kv_b_HUR = kv_b_HUR / latent_R
+    keys_H = _balance(_rms(kv_b_HUR[:, :nope], (1, 2)), _rms(q_HQX[:, :nope], (1, 2)))
+    values_H = _balance(_rms(kv_b_HUR[:, nope:], (1, 2)), _rms(o_XHV, (0, 2)))
+    up_HU = torch.cat([keys_H[:, None].expand(-1, nope), values_H[:, None].expand(-1, width)], dim=1).flatten()
+    down_R = torch.cat([latent_R, rope_P])
+    query_HQ = torch.cat([1 / keys_H[:, None].expand(-1, nope), (1 / rope_P).expand(num_heads, -1)], dim=1).flatten()
+    scaled = {
+        "q_weight" if mla.q_weight is not None else "q_b_weight": query * query_HQ[:, None],
+        "q_bias": None if mla.q_bias is None else mla.q_bias * query_HQ,
+        "kv_a_weight": mla.kv_a_weight * down_R[:, None],
+        "kv_a_bias": None if mla.kv_a_bias is None else mla.kv_a_bias * down_R,
+        "kv_b_weight": kv_b_HUR.flatten(0, 1) * up_HU[:, None],
+        "kv_b_bias": None if mla.kv_b_bias is None else mla.kv_b_bias * up_HU,
+        "o_weight": (o_XHV / values_H[:, None]).flatten(1),
+    }
+    return dataclasses.replace(mla, **scaled)
+
+
+def _rms(weight: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    return weight.square().mean(dim=dims).sqrt()
+
+
+def _balance(own: Tensor, facing: Tensor) -> Tensor:
+    """What to multiply `own` by, and divide `facing` by, for equal rms; 1 where either is zero."""
+    usable = (own > 0) & (facing > 0)
+    return torch.where(usable, facing / torch.where(usable, own, 1.0), 1.0).sqrt()
