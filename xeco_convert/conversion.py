@@ -66,7 +66,7 @@ def convert(
         source=str(source),
         output=str(output),
         seconds=time.monotonic() - started,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=_peak_memory_bytes(),
     )
 
 
@@ -217,6 +217,16 @@ def layer_entry(shape: MlaShape) -> dict[str, Any]:
         rope_index=shape.rope_index,
         biases=shape.biases,
     ).to_dict()
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of this process. getrusage also counts the process that started it, where Linux tells more."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _device(name: str) -> torch.device:

@@ -105,7 +105,7 @@ def measure_fidelity(
     if windows_per_batch < 1 or (tokens_per_chunk is not None and tokens_per_chunk < 1):
         raise OptionError("windows_per_batch and tokens_per_chunk: expected at least 1; change the value.")
     chunk = tokens_per_chunk or max(1, _LOGITS_PER_CHUNK // _vocabulary(source))
-    totals = _Totals()
+    totals = FidelitySums()
     with _in_evaluation(source), _in_evaluation(converted):
         pair = _Logits(source, windows), _Logits(converted, windows)
         if any(logits.whole for logits in pair):
@@ -119,7 +119,7 @@ def measure_fidelity(
     return totals.fidelity(num_windows=windows.shape[0])
 
 
-class _Totals:
+class FidelitySums:
     """Sums over predictions, float64."""
 
     def __init__(self) -> None:

@@ -89,10 +89,10 @@ class OutputHead:
     weight: Tensor
 
     @torch.no_grad()
-    def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Log probabilities [n, vocabulary] of hidden states [n, X]."""
-        logits: Tensor = self.norm(hidden) @ self.weight.T
-        return logits.log_softmax(dim=-1)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of hidden states [n, X]."""
+        result: Tensor = self.norm(hidden) @ self.weight.T
+        return result
 
 
 class _Given(nn.Module):

@@ -6,13 +6,14 @@ convert. Beside the source's hidden states go those of the converted model, for 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xeco_convert.calibration.fidelity import StreamFidelity, stream_fidelity
+from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.sampling import sample_windows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.calibration.survey import Survey
@@ -20,6 +21,7 @@ from xeco_convert.calibration.text import read_windows
 from xeco_convert.calibration.windows import LEAST_TOKENS, CalibrationWindows
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.checkpoint import TensorReader
+from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
@@ -50,7 +52,7 @@ class CalibratedInitialisation:
         self._windows = self._kept_windows()
         self._num_calibrated = self._calibrated_windows()
         self._stream = SourceStream(plan, self._windows, device)
-        self._fidelity: StreamFidelity | None = None
+        self._fidelity: Fidelity | None = None
 
     def _calibrated_windows(self) -> int:
         """How many windows to calibrate on: those asked for; the others, or else an eighth of all, are for measuring."""
@@ -98,7 +100,7 @@ class CalibratedInitialisation:
         return {
             "calibration": self._windows.description,
             "calibration_tokens": int(self._windows.counts[: self._num_calibrated].sum()),
-            "fidelity": None if self._fidelity is None else self._fidelity.to_dict(),
+            "fidelity": None if self._fidelity is None else dataclasses.asdict(self._fidelity),
         }
 
     def _widths_by_energy(self, energy: float) -> list[Widths]:

@@ -6,14 +6,18 @@ is made on first use from the class of its source: `XecoLlamaConfig` extends `Ll
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
 
 MODEL_TYPE_PREFIX = "xeco_"
+# Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
+CODE_FILES = ("configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,18 @@ class XecoConfigMixin:
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
         return [kept if layer is None else layer.cache_width for layer in layers]
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the code files beside it: a copy, or an upload, loads anywhere as well.
+
+        Models save their configuration through this, on one process and before they upload.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, file in code_files().items():
+            target = Path(save_directory) / name
+            if not target.exists() or not target.samefile(file):
+                shutil.copyfile(file, target)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def head_dim_or_default(self) -> int:
         """head_dim, which some configurations leave to be computed."""
         explicit: int | None = self.__dict__.get("head_dim")
@@ -94,6 +110,14 @@ class XecoConfigMixin:
     num_key_value_heads: int
     num_attention_heads: int
     hidden_size: int
+
+
+def code_files() -> dict[str, Path]:
+    """The files that a checkpoint carries, by the name that they have there."""
+    here = Path(__file__).parent
+    beside = here / CODE_FILES[2]  # as remote code; in the package the operation has a folder of its own
+    operation = beside if beside.exists() else here.parent / "ops" / "latent_attention.py"
+    return {CODE_FILES[0]: here / CODE_FILES[0], CODE_FILES[1]: here / CODE_FILES[1], CODE_FILES[2]: operation}
 
 
 def family_config_class(prefix: str) -> Any:

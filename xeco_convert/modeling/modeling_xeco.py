@@ -11,8 +11,6 @@ R kv_lora_rank.
 from __future__ import annotations
 
 import copy
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +24,6 @@ try:
     from xeco_convert.ops.latent_attention import latent_attention, latent_attention_reference
 except ImportError:  # remote code on a machine without the package: the file written beside the weights
     from .xeco_latent_attention import latent_attention, latent_attention_reference  # type: ignore[no-redef]
-
-# Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
-CODE_FILES = ("configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py")
 
 
 class LatentSelfAttention(nn.Module):
@@ -232,20 +227,6 @@ class XecoModelMixin:
     def _can_set_attn_implementation(cls) -> bool:
         """Eager and SDPA may be switched at run time; transformers looks for a pattern in the source that is not ours."""
         return True
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with the code files beside the weights, so that the copy loads anywhere as well."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        for name, file in code_files().items():
-            shutil.copyfile(file, Path(save_directory) / name)
-
-
-def code_files() -> dict[str, Path]:
-    """The files that a checkpoint carries, by the name that they have there."""
-    here = Path(__file__).parent
-    beside = here / CODE_FILES[2]  # as remote code; in the package the operation has a folder of its own
-    operation = beside if beside.exists() else here.parent / "ops" / "latent_attention.py"
-    return {CODE_FILES[0]: here / CODE_FILES[0], CODE_FILES[1]: here / CODE_FILES[1], CODE_FILES[2]: operation}
 
 
 def family_model_class(prefix: str, kind: str) -> Any:
