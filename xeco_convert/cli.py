@@ -23,6 +23,7 @@ from xeco_convert.options import ConvertOptions
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from xeco_convert.factorize.shapes import MlaShape
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.report import ConversionReport
 
@@ -210,19 +211,18 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
         f"{geometry.num_key_value_heads} key/value groups of head_dim {geometry.head_dim}"
     ]
     if shape is not None:
-        rank = (
-            f"kv_lora_rank {shape.kv_lora_rank}" if plan.ranks_are_final else f"kv_lora_rank by energy {options.energy}"
-        )
         query = "" if shape.q_lora_rank is None else f", q_lora_rank {shape.q_lora_rank}"
         lines.append(
-            f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {rank}, "
-            f"qk_rope_head_dim {shape.qk_rope_head_dim}, qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
+            f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {_widths_in_words(plan, shape)}, "
+            f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
         )
-    before, after = geometry.cache_width * len(plan.layers), sum(plan.kv_numbers_per_token())
+    kept = geometry.cache_width * (len(plan.layers) - len(plan.converted_layers))
+    before = geometry.cache_width * len(plan.layers)
+    after = sum(plan.kv_numbers_per_token()) if plan.kv_budget is None else min(before, plan.kv_budget + kept)
     bound = "" if plan.ranks_are_final else "at most "
     lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
     if after >= before:
-        lines.append("note: this is no smaller than the source's cache; choose a smaller rank")
+        lines.append("note: this is no smaller than the source's cache; choose a smaller size")
     headers = plan.output_headers()
     lines.append(
         f"weights: {len(headers)} tensors, {bound}{sum(h.num_bytes for h in headers) / 1e9:.3f} GB, {plan.dtype}"
@@ -231,6 +231,15 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
         lines.append(f"left out: {', '.join(plan.dropped)}")
     for line in lines:
         click.echo(line, err=not on_stdout)
+
+
+def _widths_in_words(plan: ConversionPlan, shape: MlaShape) -> str:
+    """The widths of the converted layers, or how they will be chosen."""
+    if plan.kv_budget is not None:
+        return f"kv_lora_rank and qk_rope_head_dim by sensitivity, ranks in steps of {plan.rank_multiple}"
+    rank = f"{shape.kv_lora_rank}" if plan.ranks_are_final else f"by energy {plan.options.energy}"
+    default = " (default)" if plan.options.rope_dim is None else ""
+    return f"kv_lora_rank {rank}, qk_rope_head_dim {shape.qk_rope_head_dim}{default}"
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def sample_windows(
     from transformers import AutoModelForCausalLM
 
     _check_memory(folder, weights_bytes, device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     rows = max(1, -(-num_tokens // length))
     start = _start_token(model.config)
     generator_state = torch.random.get_rng_state()
@@ -39,6 +42,20 @@ def sample_windows(
     special = [token for token in (model.config.bos_token_id, model.config.pad_token_id) if isinstance(token, int)]
     counts = ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
     return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers' own bars would run into the command's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:

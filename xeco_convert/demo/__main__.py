@@ -25,23 +25,16 @@ _NEW_TOKENS = 60
     show_default=True,
     help="Folder to write, replaced.",
 )
-@click.option("--rank", default=48, show_default=True, help="kv_lora_rank.")
-@click.option("--rope-dim", default=16, show_default=True, help="qk_rope_head_dim.")
-def demo_command(output: Path, rank: int, rope_dim: int) -> None:
+@click.option("--kv-size", default="50%", show_default=True, help="Size of the KV cache as a share of the source's.")
+def demo_command(output: Path, kv_size: str) -> None:
     """Convert the embedded model, then generate from source and converted model and measure both caches."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    arguments = [
-        str(MODEL_FOLDER),
-        str(output),
-        "--rank",
-        str(rank),
-        "--rope-dim",
-        str(rope_dim),
-        "--verify",
-        "--overwrite",
-    ]
+    arguments = [str(MODEL_FOLDER), str(output), "--kv-size", kv_size, "--verify", "--overwrite"]
     click.echo(f"$ xeco-convert {' '.join(arguments)}")
     convert_command.main(args=arguments, prog_name="xeco-convert", standalone_mode=False)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     prompt = _prompt()
     for title, folder in (("source", MODEL_FOLDER), ("converted", output)):
         text, measured_bytes, num_tokens = generate(folder, prompt)
