@@ -93,13 +93,12 @@ class XecoConfigMixin:
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the code files beside it: a copy, or an upload, loads anywhere as well.
 
-        Models save their configuration through this, on one process and before they upload.
+        Models save their configuration through this, on one process and before they upload. Classes that were loaded as
+        remote code are left to transformers, which copies their files itself.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, file in code_files().items():
-            target = Path(save_directory) / name
-            if not target.exists() or not target.samefile(file):
-                shutil.copyfile(file, target)
+            shutil.copyfile(file, Path(save_directory) / name)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def head_dim_or_default(self) -> int:
@@ -113,10 +112,11 @@ class XecoConfigMixin:
 
 
 def code_files() -> dict[str, Path]:
-    """The files that a checkpoint carries, by the name that they have there."""
+    """The files that a checkpoint carries, by the name that they have there; none where this is such a file itself."""
     here = Path(__file__).parent
-    beside = here / CODE_FILES[2]  # as remote code; in the package the operation has a folder of its own
-    operation = beside if beside.exists() else here.parent / "ops" / "latent_attention.py"
+    operation = here.parent / "ops" / "latent_attention.py"
+    if not operation.is_file():
+        return {}
     return {CODE_FILES[0]: here / CODE_FILES[0], CODE_FILES[1]: here / CODE_FILES[1], CODE_FILES[2]: operation}
 
 
