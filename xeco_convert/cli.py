@@ -28,17 +28,25 @@ if TYPE_CHECKING:
     from xeco_convert.report import ConversionReport
 
 _TYPES: dict[str, Any] = {"int": int, "int | None": int, "float | None": float, "str | None": str, "str": str}
+# A sweep makes no output and chooses the widths itself.
+_SWEEP_OPTIONS = (
+    *("calibration", "calibration_tokens", "seed", "refine", "refine_steps", "refine_minutes"),
+    *("rank_multiple", "q_rank", "latent_norm", "layers", "work_dir", "device", "revision"),
+)
 _EPILOG = """\b
 Also:
   xeco-convert inspect FOLDER    what a converted checkpoint is
-                                 (a folder named inspect is written ./inspect)
+  xeco-convert sweep IN          what each KV size would cost in quality; writes no checkpoint
+                                 (folders of these names are written ./inspect and ./sweep)
 
 Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else."""
 
 
-def _with_convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add one click option for each field of ConvertOptions."""
+def _with_convert_options(command: Callable[..., Any], names: Sequence[str] | None = None) -> Callable[..., Any]:
+    """Add one click option for each field of ConvertOptions, or for those of these names."""
     for field in reversed(dataclasses.fields(ConvertOptions)):
+        if names is not None and field.name not in names:
+            continue
         flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
         if field.type == "bool":
             command = click.option(flag, is_flag=True, help=help_text)(command)
@@ -155,7 +163,62 @@ def inspect_command(folder: Path, as_json: bool) -> None:
     click.echo(f"KV cache: {after} bytes per token, the source's {before}: {after / before:.1%}")
 
 
-_SUBCOMMANDS = {"inspect": inspect_command}
+def _with_sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _with_convert_options(command, _SWEEP_OPTIONS)
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.argument("source", metavar="IN")
+@click.option(
+    "--kv-sizes",
+    default="75,50,25,12.5",
+    show_default=True,
+    metavar="LIST",
+    help="Sizes of the KV cache to try, in percent of the source's.",
+)
+@_with_sweep_options
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the results here.",
+)
+@click.option(
+    "--html",
+    "html_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write a page with the trade-off curve here.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def sweep_command(
+    source: str, kv_sizes: str, json_file: Path | None, html_file: Path | None, quiet: bool, **fields: Any
+) -> None:
+    """Measure what each size of the KV cache would cost in quality before any training. Writes no checkpoint.
+
+    IN is a checkpoint folder or a Hugging Face hub id. Runs the calibrated initialisation once for each size.
+    """
+    for flag, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise OutputError(f"{flag}: {file} cannot be written (no such folder); create it first.")
+    from xeco_convert.sweep import COLUMNS, parse_sizes, sweep, sweep_page
+
+    sizes = parse_sizes(kv_sizes)
+    with _progress(quiet) as on_progress:
+        report = sweep(source, sizes, on_progress=on_progress, **fields)
+    _write_json(json_file, report.to_dict())
+    if html_file is not None:
+        _write_text("--html", html_file, sweep_page(report))
+    if quiet:
+        return
+    _print_table(COLUMNS, report.rows())
+    for problem in report.problems():
+        click.echo(problem)
+    click.echo(report.setting())
+
+
+_SUBCOMMANDS = {"inspect": inspect_command, "sweep": sweep_command}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -310,9 +373,12 @@ def _cell(value: Any) -> str:
 
 
 def _write_json(file: Path | None, data: dict[str, Any]) -> None:
-    if file is None:
-        return
+    if file is not None:
+        _write_text("--json", file, json.dumps(data, indent=2) + "\n")
+
+
+def _write_text(flag: str, file: Path, text: str) -> None:
     try:
-        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"--json: {file} cannot be written ({error.strerror}).") from None
+        raise OutputError(f"{flag}: {file} cannot be written ({error.strerror}).") from None

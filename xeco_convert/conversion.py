@@ -28,10 +28,12 @@ from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, auto_map
 from xeco_convert.options import ConvertOptions, parse_size
 from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
 from xeco_convert.report import ConversionReport, LayerReport
+from xeco_convert.report_page import report_page
 from xeco_convert.verify import LayerChecker, sampled_layers
 
 FORMAT_VERSION = 1
 REPORT_FILE = "xeco_report.json"
+PAGE_FILE = "xeco_report.html"
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPY_SHARE = 0.1  # of the progress bar
 
@@ -55,7 +57,7 @@ def convert(
             f"convert: give options either as an object or as fields, not both (found {', '.join(fields)})."
         )
     options = options if options is not None else ConvertOptions(**fields)
-    device = _device(options.device)
+    device = device_by_name(options.device)
     index = CheckpointIndex.open(source, options.revision)
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     plan = make_plan(index, options)
@@ -174,6 +176,8 @@ class _Conversion:
             writer.copy_file(file, Path(name))
         writer.write_text("config.json", json.dumps(output_config(self._plan), indent=2) + "\n")
         writer.write_text(REPORT_FILE, json.dumps(report.reproducible(), indent=2) + "\n")
+        named = dataclasses.replace(report, source=index.hub_id or index.folder.name)
+        writer.write_text(PAGE_FILE, report_page(named))
         writer.write_text("README.md", model_card(self._plan, report))
 
 
@@ -229,7 +233,7 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _device(name: str) -> torch.device:
+def device_by_name(name: str) -> torch.device:
     """The device by name. Raises `OptionError` where torch does not know or have it."""
     try:
         device = torch.device(name)

@@ -7,6 +7,7 @@ from typing import Any
 from xeco_convert import __version__
 from xeco_convert.plan import ConversionPlan
 from xeco_convert.report import ConversionReport
+from xeco_convert.report_page import step0_rows
 
 _BODY = """
 # {title}
@@ -19,7 +20,7 @@ per token instead of the keys and values of all groups.
 |---|---|---|
 | KV cache, bytes per token | {before} | {after} ({share:.1%}) |
 | parameters | {parameters_before:,} | {parameters_after:,} |
-
+{step0}
 Initialisation: `{init}`; {ranks}. {advice}
 
 ```python
@@ -30,7 +31,8 @@ model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
-Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert inspect FOLDER` prints them.
+Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert inspect FOLDER` prints them. Open
+[xeco_report.html](xeco_report.html) in a browser for the same with plots.
 """
 _ADVICE = {
     "calibrated": "Factors in closed form from the source's own activations (xeco-convert's calibrated initialisation).",
@@ -56,11 +58,24 @@ def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
         share=report.kv_share,
         parameters_before=report.parameters_before,
         parameters_after=report.parameters_after,
+        step0=_step0(report),
         init=report.init,
         ranks=span,
         advice=_ADVICE[report.init],
     )
     return _front_matter(plan) + body
+
+
+def _step0(report: ConversionReport) -> str:
+    """Further rows of the table, and what they were measured on; an empty text where step-0 quality is not known."""
+    fidelity = report.summary.get("fidelity")
+    if not fidelity:
+        return ""
+    rows = "".join(f"| {' | '.join(row)} |\n" for row in step0_rows(fidelity))
+    return (
+        f"{rows}\nStep-0 quality: before any training, on {fidelity['num_tokens']:,} tokens of the calibration text "
+        "that were not calibrated on.\n"
+    )
 
 
 def _front_matter(plan: ConversionPlan) -> str:

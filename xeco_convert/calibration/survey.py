@@ -79,7 +79,7 @@ class Survey:
     def costs(self, final_hidden: Tensor, head: OutputHead) -> list[dict[Widths, float]]:
         """Expected KL of every offer for each surveyed layer, given the source's final hidden states [W, T, X].
 
-        KL is close to linear in the layer's squared output error (docs/conversion.md, step 7).
+        KL is close to linear in the layer's squared output error (docs/conversion.md, step 6).
         """
         ids, counts = self._windows.ids, self._windows.counts.to(final_hidden.device)
         source = final_hidden[: ids.shape[0]]

@@ -23,16 +23,17 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
     Raises `CheckpointError` for a missing or empty source, records without such a field, too little text.
     """
     tokenizer = load_tokenizer(folder)
+    vocabulary = _vocabulary_size(folder)
     documents: list[list[int]] = []
     found = 0
     for record in islice(_records(calibration), _MOST_DOCUMENTS):
-        documents.append(_tokens(record, tokenizer, calibration))
+        documents.append(_known(_tokens(record, tokenizer, calibration), vocabulary, calibration))
         found += len(documents[-1])
         if found >= num_tokens:
             break
     windows = windows_of_documents(
         documents,
-        length=min(length, max((len(document) for document in documents), default=1)),
+        length=max(1, min(length, max((len(document) for document in documents), default=1))),
         num_tokens=num_tokens,
         special_ids=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
         description=calibration,
@@ -72,7 +73,7 @@ def _records(calibration: str) -> Iterator[Mapping[str, Any]]:
 def _token_lists(path: Path) -> Iterator[Mapping[str, Any]]:
     """Sequences of token ids, as a JSON array of arrays: text that is tokenized already."""
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
+        lists = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError:
         lists = None
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
@@ -84,7 +85,7 @@ def _token_lists(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -119,13 +120,20 @@ def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
 
 def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list[int]:
     if isinstance(record.get("input_ids"), list):
-        return [int(token) for token in record["input_ids"]]
+        return list(record["input_ids"])
     if isinstance(record.get("messages"), list):
         if not tokenizer.chat_template:
             raise CheckpointError(
                 f"--calibration: {calibration} holds chats, and the source has no chat template; give text."
             )
-        encoded = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
+        try:
+            encoded = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)
+        except Exception as error:  # templates raise what they like
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"--calibration: {calibration}: messages do not go through the source's chat template ({reason}); "
+                "give text, or a list of objects with role and content."
+            ) from None
         return list(encoded["input_ids"])
     text = record.get("text")
     if not isinstance(text, str):
@@ -133,3 +141,20 @@ def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list
             f"--calibration: {calibration}: expected records with a field text, messages or input_ids, found {sorted(record)}."
         )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _known(tokens: list[Any], vocabulary: int | None, calibration: str) -> list[int]:
+    """The tokens, if all of them are ids of the vocabulary."""
+    for token in tokens:
+        if type(token) is not int or token < 0 or (vocabulary is not None and token >= vocabulary):
+            limit = "" if vocabulary is None else f" below {vocabulary}"
+            raise CheckpointError(
+                f"--calibration: {calibration}: expected token ids{limit} of the source's vocabulary, found {token!r}; "
+                "tokenize the text with the source's own tokenizer."
+            )
+    return tokens

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,13 +62,19 @@ class WorkFolder:
         file = self._folder / f"{name}.pt"
         if not file.is_file():
             return None
-        data: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            data: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise OutputError(f"--work-dir: {file} is damaged; delete it, and it is computed again.") from None
         return data
 
 
 def _fingerprint(plan: ConversionPlan) -> str:
     """What a run's results depend on: source files, options, version."""
     options = {key: value for key, value in dataclasses.asdict(plan.options).items() if key not in _WITHOUT_INFLUENCE}
-    files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in set(plan.index.files.values())}
+    read = set(plan.index.files.values())
+    if plan.options.calibration is not None and Path(plan.options.calibration).is_file():
+        read.add(Path(plan.options.calibration))
+    files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in read}
     facts = {"version": __version__, "config": dict(plan.index.config), "files": files, "options": options}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -29,6 +29,9 @@ _NEW_TOKENS = 60
 def demo_command(output: Path, kv_size: str) -> None:
     """Convert the embedded model, then generate from source and converted model and measure both caches."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # the model is so small that more threads would only wait for each other
     arguments = [str(MODEL_FOLDER), str(output), "--kv-size", kv_size, "--verify", "--overwrite"]
     click.echo(f"$ xeco-convert {' '.join(arguments)}")
     convert_command.main(args=arguments, prog_name="xeco-convert", standalone_mode=False)

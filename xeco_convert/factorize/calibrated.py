@@ -17,6 +17,7 @@ from xeco_convert.factorize.statistics import LayerStatistics
 
 # Directions whose weight is this far below the largest are rounding of the calibration, not signal.
 _NEGLIGIBLE = 1e-12
+_TINY = 1e-300  # in place of a reference that is zero: a layer that puts out nothing loses nothing
 
 
 class CalibratedLayer:
@@ -103,12 +104,13 @@ class CalibratedLayer:
         key_total = moment.diagonal()[:width].sum() + rotary.sum()
         value_total = moment.diagonal()[width:].sum()
         return LayerErrors(
-            key=float((key_lost / key_total).sqrt()), value=float((left[width:].sum() / value_total).sqrt())
+            key=float((key_lost / key_total.clamp_min(_TINY)).sqrt()),
+            value=float((left[width:].sum() / value_total.clamp_min(_TINY)).sqrt()),
         )
 
     def _expected_square(self) -> float:
         """Upper reference of the output's size: the output if attention mixed nothing, Σ_h tr(W_oᵀW_o E[v vᵀ])."""
-        return float(self._head_weight.sum()) / self._scale**2
+        return max(float(self._head_weight.sum()) / self._scale**2, _TINY)
 
     def _joint_bias(self, maps: Tensor) -> Tensor | None:
         source = self._source

@@ -44,11 +44,14 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
     lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)
     power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)
     weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, half).sum(dim=1)
-    # A group that no query looks at would make the weights singular; its components come last anyway.
-    weight_FG = weight_GF.T.clamp_min(1e-9 * float(weight_GF.max()))
+    # A group that no query looks at would make the weights singular; its components come last anyway. Where the output
+    # depends on no score at all (queries, values or o_proj are zero), every component is as good as the next.
+    largest = float(weight_GF.max())
+    weight_FG = weight_GF.T.clamp_min(1e-9 * largest) if largest > 0 else torch.ones_like(weight_GF.T)
     root = weight_FG.sqrt().to(moments_FGG.dtype)
     eigenvalues, vectors = torch.linalg.eigh(root[:, :, None] * moments_FGG * root[:, None, :])
     gain, order = eigenvalues.clamp_min(0).flatten().sort(descending=True, stable=True)
+    gain = gain if largest > 0 else torch.zeros_like(gain)
     frequency = order // groups
     direction = vectors.transpose(1, 2).flatten(0, 1)[order]  # [G·F, G], one eigenvector a row
     chosen_root = root[frequency]

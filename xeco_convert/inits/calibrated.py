@@ -41,7 +41,15 @@ _SURVEY_SHARE = 0.4  # of the work, where there is a survey: for the progress ba
 class CalibratedInitialisation:
     """Survey (where needed) and conversion of all layers, on one set of calibration windows."""
 
-    def __init__(self, plan: ConversionPlan, device: torch.device, on_progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        device: torch.device,
+        on_progress: Progress,
+        *,
+        measured_by: CalibratedInitialisation | None = None,
+    ) -> None:
+        """`measured_by`: another run on the same source and calibration options, whose windows and statistics to use."""
         self._plan = plan
         self._device = device
         self._on_progress = on_progress
@@ -49,6 +57,8 @@ class CalibratedInitialisation:
         self._surveyed = not plan.ranks_are_final
         on_progress("calibration text", 0.0)
         self._work = WorkFolder(plan)
+        # windows and statistics do not depend on the widths, factors do
+        self._measurements: WorkFolder = self._work if measured_by is None else measured_by._measurements
         self._windows = self._kept_windows()
         self._num_calibrated = self._calibrated_windows()
         self._stream = SourceStream(plan, self._windows, device)
@@ -146,25 +156,25 @@ class CalibratedInitialisation:
 
     def _kept_windows(self) -> CalibrationWindows:
         """The calibration windows, from the work folder where an earlier run left them."""
-        kept = self._work.load("windows")
+        kept = self._measurements.load("windows")
         if kept is None:
             windows = _calibration_windows(self._plan, self._device)
             kept = {"ids": windows.ids, "counts": windows.counts, "description": windows.description}
-            self._work.save("windows", kept)
+            self._measurements.save("windows", kept)
         return CalibrationWindows(**kept)
 
     @torch.no_grad()
     def _calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
         """The layer's closed form, from statistics that are kept from the survey to the conversion."""
         name = f"statistics-{view.number}"
-        kept = self._work.load(name)
+        kept = self._measurements.load(name)
         if kept is None:
             with_inputs = self._plan.options.q_rank is not None
             accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
             for part in view.batches(view.inputs[: self._num_calibrated]):
                 accumulator.add(view.normed(view.inputs[part]), view.counts[part])
             kept = vars(accumulator.result())
-            self._work.save(name, kept)
+            self._measurements.save(name, kept)
         return CalibratedLayer(source, LayerStatistics(**kept).to(self._device), view.softmax_scale)
 
     def _convert(self, view: LayerView, converted: Tensor) -> ConvertedLayer:

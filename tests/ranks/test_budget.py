@@ -1,0 +1,84 @@
+"""The budget split is the best one, the widths on offer are rounded, and what cannot be met is refused with a number."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from xeco_convert.errors import OptionError
+from xeco_convert.ranks.budget import Widths, candidate_widths, default_multiple, rope_step, split_budget
+
+OFFERS = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in [(4, 2), (4, 4), (8, 2), (8, 4), (12, 6)]]
+# full rank, most rotary rows, multiple, average
+CASES = [
+    (64, 32, 4, 16),
+    (256, 128, 16, 64),
+    (256, 128, 16, 128),
+    (256, 128, 16, 32),
+    (2048, 1024, 16, 512),
+    (48, 32, 4, 64),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_split_is_the_best_of_all(seed: int) -> None:
+    rng = random.Random(seed)
+    costs = [{offer: rng.random() for offer in rng.sample(OFFERS, rng.randint(2, 5))} for _ in range(4)]
+    smallest = sum(min(offer.total for offer in offers) for offers in costs)
+    for budget in (smallest, smallest + 1, smallest + rng.randrange(2, 40), 1000):
+        chosen = split_budget(costs, budget)
+        best = min(
+            sum(layer[offer] for layer, offer in zip(costs, choice, strict=True))
+            for choice in itertools.product(*costs)
+            if sum(offer.total for offer in choice) <= budget
+        )
+        assert sum(offer.total for offer in chosen) <= budget
+        assert sum(layer[offer] for layer, offer in zip(costs, chosen, strict=True)) == pytest.approx(best)
+
+
+def test_a_sensitive_layer_gets_more() -> None:
+    costs = [{offer: weight / offer.total for offer in OFFERS} for weight in (1.0, 10.0, 1.0)]
+    first, second, third = (widths.total for widths in split_budget(costs, 36))
+    assert second > first and second > third
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest() -> None:
+    costs = [{OFFERS[0]: 1.0, OFFERS[1]: 0.5}, {OFFERS[2]: 1.0}]
+    assert split_budget(costs, 16) == (OFFERS[0], OFFERS[2])
+    with pytest.raises(OptionError, match=r"budget of 15 numbers per token .*smallest possible is 16.*--rank-multiple"):
+        split_budget(costs, 15)
+
+
+@pytest.mark.parametrize(
+    ("cache_width", "multiple"), [(8, 2), (32, 2), (48, 2), (64, 4), (128, 8), (255, 8), (256, 16), (2048, 16)]
+)
+def test_default_multiple(cache_width: int, multiple: int) -> None:
+    assert default_multiple(cache_width) == multiple
+
+
+@pytest.mark.parametrize(("multiple", "step"), [(2, 2), (4, 2), (6, 2), (8, 4), (16, 8), (32, 16)])
+def test_rotary_steps_are_even_and_half_of_the_ranks(multiple: int, step: int) -> None:
+    assert rope_step(multiple) == step
+
+
+@pytest.mark.parametrize(("full_rank", "most_rope", "multiple", "average"), CASES)
+def test_candidates_are_rounded_around_the_average_and_few(
+    full_rank: int, most_rope: int, multiple: int, average: float
+) -> None:
+    offers = candidate_widths(full_rank, most_rope, multiple, average)
+    assert len(offers) == len(set(offers)) <= 25
+    for offer in offers:
+        assert offer.kv_lora_rank % multiple == 0 and 0 < offer.kv_lora_rank <= full_rank
+        assert offer.qk_rope_head_dim % rope_step(multiple) == 0 and 0 < offer.qk_rope_head_dim <= most_rope
+    totals = sorted(offer.total for offer in offers)
+    assert any(total <= average for total in totals)
+    assert max(totals) > min(average, 0.9 * full_rank)
+
+
+@pytest.mark.parametrize(("full_rank", "most_rope", "multiple", "average"), CASES)
+def test_the_smallest_widths_are_always_on_offer(full_rank: int, most_rope: int, multiple: int, average: float) -> None:
+    least = Widths(kv_lora_rank=multiple, qk_rope_head_dim=rope_step(multiple))
+    for size in (average, least.total, 1.5 * least.total, 10 * average):
+        assert least in candidate_widths(full_rank, most_rope, multiple, size)

@@ -1,0 +1,152 @@
+"""Refinement: balancing changes no function, and a stage is kept only where the held-out error drops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from builders import build_checkpoint, random_attention, random_ids
+from calibrated_layers import calibrated, context_of, gaussian_inputs
+
+from xeco_convert.calibration import CalibrationWindows
+from xeco_convert.calibration.stream import LayerView, SourceStream
+from xeco_convert.checkpoint import CheckpointIndex, TensorReader
+from xeco_convert.factorize import MlaAttention, SourceAttention
+from xeco_convert.factorize.calibrated import CalibratedLayer
+from xeco_convert.factorize.forward import mla_output, split_up_projection
+from xeco_convert.factorize.statistics import StatisticsAccumulator
+from xeco_convert.inits.base import read_attention
+from xeco_convert.options import ConvertOptions
+from xeco_convert.plan import make_plan
+from xeco_convert.refine import LayerRefinement, RefineOptions, balance_scales
+
+
+@pytest.mark.parametrize("bias", ["", "qkvo"])
+@pytest.mark.parametrize("kv_b_bias", [False, True])
+@pytest.mark.parametrize("q_rank", [None, 10])
+@pytest.mark.parametrize("latent_norm", [False, True])
+def test_balancing_changes_no_output(bias: str, kv_b_bias: bool, q_rank: int | None, latent_norm: bool) -> None:
+    source, x = random_attention(4, 2, bias=bias), gaussian_inputs()
+    context = context_of(source)
+    layer = calibrated(source, x, context, with_inputs=True)
+    mla = layer.factors(9, 4, q_lora_rank=q_rank, latent_norm=latent_norm)
+    if kv_b_bias:  # keys' part moves all scores of a query alike; values' part is added
+        generator = torch.Generator().manual_seed(2)
+        mla = dataclasses.replace(mla, kv_b_bias=torch.randn(64, generator=generator, dtype=torch.float64))
+    balanced = balance_scales(mla, 4)
+    torch.testing.assert_close(
+        mla_output(balanced, 4, x, context), mla_output(mla, 4, x, context), rtol=1e-9, atol=1e-9
+    )
+    assert balanced.rope_index == mla.rope_index and balanced.tensors().keys() == mla.tensors().keys()
+    if latent_norm:
+        torch.testing.assert_close(balanced.kv_a_weight[:9], mla.kv_a_weight[:9])
+
+
+def test_factors_that_face_each_other_get_one_scale() -> None:
+    source, x = random_attention(4, 2), gaussian_inputs()
+    mla = balance_scales(calibrated(source, x, context_of(source)).factors(9, 4), 4)
+    assert mla.q_weight is not None
+    w_uk, w_uv = split_up_projection(mla, 4)
+    queries = mla.q_weight.view(4, 12, 32)
+    for head in range(4):
+        torch.testing.assert_close(w_uk[head].square().mean(), queries[head, :8].square().mean())
+        torch.testing.assert_close(w_uv[head].square().mean(), mla.o_weight.view(32, 4, 8)[:, head].square().mean())
+    for pair in range(2):
+        rows = mla.kv_a_weight[[9 + pair, 11 + pair]]
+        torch.testing.assert_close(rows.square().mean(), queries[:, [8 + pair, 10 + pair]].square().mean())
+
+
+def test_zero_weights_stay_finite() -> None:
+    source, x = random_attention(4, 2), gaussian_inputs()
+    mla = calibrated(source, x, context_of(source)).factors(9, 4)
+    empty = mla.with_tensors({"o_weight": torch.zeros_like(mla.o_weight), "q_weight": torch.zeros_like(mla.q_weight)})  # type: ignore[arg-type]
+    assert all(bool(tensor.isfinite().all()) for tensor in balance_scales(empty, 4).tensors().values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The first layer of a tiny model, with its closed form."""
+
+    view: LayerView
+    source: SourceAttention
+    start: MlaAttention
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = build_checkpoint(tmp_path_factory.mktemp("source") / "llama", "llama_bias")
+    plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=8))
+    ids = random_ids(160, 32, seed=4)
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    counts[:, 30:] = False
+    windows = CalibrationWindows(ids=ids, counts=counts, description="random")
+    view = next(SourceStream(plan, windows, torch.device("cpu")).layers())
+    source = read_attention(plan, TensorReader(plan.index), 0, torch.device("cpu"))
+    with torch.no_grad():
+        accumulator = StatisticsAccumulator(source, view.context())
+        accumulator.add(view.normed(view.inputs), counts)
+        layer = CalibratedLayer(source, accumulator.result(), view.softmax_scale)
+    return Setting(view, source, layer.factors(8, 4).to(torch.float32))
+
+
+def refinement(setting: Setting, **options: float) -> LayerRefinement:
+    fields = {"steps": 40, "batch_tokens": 512, "learning_rate": 2e-3, **options}
+    return LayerRefinement(setting.view, setting.source, setting.view.inputs, 160, RefineOptions(**fields))  # type: ignore[arg-type]
+
+
+def test_the_held_out_error_is_that_of_counted_tokens_after_the_layer(setting: Setting) -> None:
+    work, view = refinement(setting), setting.view
+    held_out = slice(152, 160)
+    with torch.no_grad():
+        inputs = view.inputs[held_out]
+        attention = mla_output(setting.start, 4, view.normed(inputs), view.context())
+        error = view.run_with_attention(inputs, attention) - view.run(inputs)
+        added = (view.run(view.inputs) - view.inputs)[:, :30].square().mean()
+    expected = float(error[:, :30].square().mean() / added)
+    assert work.held_out_error(setting.start) == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_stage_is_better_and_the_last_is_kept(setting: Setting) -> None:
+    work = refinement(setting)
+    refined = work.run(setting.start)
+    assert refined.kept == "regression" and refined.seconds > 0
+    assert refined.errors["regression"] < min(refined.errors["start"], refined.errors["refit"])
+    assert work.held_out_error(refined.factors) == pytest.approx(refined.errors["regression"], rel=1e-6)
+    assert not any(tensor.requires_grad for tensor in refined.factors.tensors().values())
+    assert refined.factors.rope_index == setting.start.rope_index
+
+
+def test_the_same_seed_gives_the_same_weights(setting: Setting) -> None:
+    first, second, other = (refinement(setting, steps=40, seed=seed).run(setting.start).factors for seed in (0, 0, 1))
+    assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in first.tensors().items())
+    assert not torch.equal(first.kv_a_weight, other.kv_a_weight)
+
+
+@pytest.mark.parametrize("rate", [50.0, 1e30])
+def test_a_regression_that_fails_is_not_kept(rate: float, setting: Setting) -> None:
+    """So large a rate ruins the weights, or makes them NaN: the best of the stages before is kept."""
+    refined = refinement(setting, steps=5, learning_rate=rate).run(setting.start)
+    assert refined.kept in ("start", "refit")
+    assert refined.errors[refined.kept] == min(refined.errors.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in refined.factors.tensors().values())
+
+
+def test_the_start_is_kept_where_nothing_is_better(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse(mla: MlaAttention) -> MlaAttention:
+        return mla.with_tensors({"o_weight": mla.o_weight * 3})
+
+    monkeypatch.setattr(LayerRefinement, "_refit", lambda self, start: worse(start))
+    monkeypatch.setattr(LayerRefinement, "_regress", lambda self, start, rate: worse(start))
+    refined = refinement(setting).run(setting.start)
+    assert refined.kept == "start" and refined.factors is setting.start
+
+
+def test_the_regression_stops_by_the_clock(setting: Setting) -> None:
+    assert refinement(setting, steps=10**7, seconds=0.3).run(setting.start).seconds < 5
+
+
+def test_one_training_window_is_enough(setting: Setting) -> None:
+    options = RefineOptions(steps=2)
+    work = LayerRefinement(setting.view, setting.source, setting.view.inputs, 2, options)
+    assert work.run(setting.start).errors.keys() == {"start", "refit", "regression"}

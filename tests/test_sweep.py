@@ -1,0 +1,116 @@
+"""`xeco-convert sweep`: a row for each size, on stdout, as JSON and as a page; what cannot be met is told, not a crash."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.cli import main
+from xeco_convert.demo import MODEL_FOLDER
+from xeco_convert.inits import calibrated
+from xeco_convert.inits.calibrated import CalibratedInitialisation
+from xeco_convert.options import ConvertOptions
+from xeco_convert.plan import make_plan
+from xeco_convert.sweep import SweepReport, parse_sizes, sweep, sweep_page
+
+TOKENS = 1024
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def report() -> SweepReport:
+    """Three sizes, one of them out of reach, in an order that is not sorted."""
+    return sweep(MODEL_FOLDER, ("25%", "5%", "50%"), calibration_tokens=TOKENS)
+
+
+def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport) -> None:
+    small, _, large = (point.fidelity for point in report.points)
+    assert small is not None and large is not None
+    assert small["perplexity"] > large["perplexity"] > 0.99 * large["perplexity_source"]
+    assert small["kl"] > large["kl"] > 0 and small["top1"] < large["top1"] <= 1
+    assert small["perplexity_source"] == large["perplexity_source"] == report.perplexity_source
+    assert [point.kv_bytes_per_token for point in report.points] == [256, None, 512]
+
+
+def test_a_size_out_of_reach_says_the_smallest_possible(report: SweepReport) -> None:
+    (problem,) = report.problems()
+    assert problem.startswith("5%: --kv-size: expected at least 9.4% (48 numbers per token, 96 bytes)")
+
+
+def test_the_page_and_the_data_have_a_row_for_each_size(report: SweepReport) -> None:
+    page = sweep_page(report)
+    assert page == sweep_page(report)
+    for row in report.rows():
+        assert f"<tr><td>{row[0]}</td>" in page
+    assert "expected at least 9.4%" in page
+    assert [point["kv_size"] for point in json.loads(json.dumps(report.to_dict()))["points"]] == ["25%", "5%", "50%"]
+
+
+def test_a_second_size_reuses_text_and_statistics_and_changes_nothing(
+    report: SweepReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(CheckpointIndex.open(MODEL_FOLDER), ConvertOptions(kv_size="50%", calibration_tokens=TOKENS))
+    alone = CalibratedInitialisation(plan, torch.device("cpu"), lambda what, share: None)
+    alone.final_plan()
+    assert [layer.layer for layer in alone.layers()] == [0, 1, 2, 3]
+    assert alone.summary()["fidelity"] == report.points[2].fidelity
+    for name in ("sample_windows", "StatisticsAccumulator"):
+        monkeypatch.setattr(calibrated, name, None)  # asked for once more, this fails
+    again = CalibratedInitialisation(plan, torch.device("cpu"), lambda what, share: None, measured_by=alone)
+    assert next(iter(again.layers())).layer == 0
+
+
+def test_the_command_prints_the_table_and_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", tmp_path / "sweep.json", "--html", tmp_path / "sweep.html"]
+    assert run("sweep", MODEL_FOLDER, "--kv-sizes", "80", "--layers", "0", "--calibration-tokens", TOKENS, *files) == 0
+    lines = capsys.readouterr().out.splitlines()
+    point = json.loads((tmp_path / "sweep.json").read_text())["points"][0]
+    assert lines[0].split()[:2] == ["KV", "size"]
+    assert lines[2].split()[:3] == ["80%", str(point["kv_bytes_per_token"]), f"{point['kv_share']:.1%}"]
+    assert point["kv_share"] <= 0.8 and len(point["widths"]) == 1
+    assert "<td>80%</td>" in (tmp_path / "sweep.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--kv-sizes", "half"], "--kv-sizes: expected percentages such as 75,50,25, at most 100, found 'half'"),
+        (["--kv-sizes", "150"], "--kv-sizes: expected percentages"),
+        (["--kv-sizes", "5", "--calibration-tokens", "1024"], "expected at least 9.4%"),
+        (["--layers", "9"], "--layers: expected layers from 0 to 3, found 9"),
+        (["--refine-steps", "3"], "--refine-steps: only with --refine"),
+        (["--html", "no/such/folder/page.html"], "--html: no/such/folder/page.html cannot be written"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run("sweep", MODEL_FOLDER, *arguments)
+    assert code == (1 if "--html" in arguments else 2)
+    found = capsys.readouterr()
+    assert sentence in found.err.replace("\n", " ") and found.out == ""
+
+
+def test_too_little_text_is_told_as_in_a_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    assert run("sweep", MODEL_FOLDER, "--calibration", tmp_path / "short.txt") == 1
+    assert "expected at least 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("75,50,25,12.5", ("75%", "50%", "25%", "12.5%")),
+        (" 50% , 0.25,50", ("50%", "25%")),
+        ("100,0.5%", ("100%", "0.5%")),
+    ],
+)
+def test_sizes_are_percentages_or_shares(text: str, sizes: tuple[str, ...]) -> None:
+    assert parse_sizes(text) == sizes

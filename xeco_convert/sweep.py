@@ -1,0 +1,236 @@
+"""`xeco-convert sweep`: what each KV size would cost in quality, measured before deciding, without writing a checkpoint.
+
+Every size goes through the calibrated initialisation as a conversion does; calibration text and statistics are made once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex
+from xeco_convert.conversion import device_by_name
+from xeco_convert.errors import OptionError
+from xeco_convert.inits import Progress
+from xeco_convert.inits.calibrated import CalibratedInitialisation
+from xeco_convert.options import ConvertOptions, parse_share
+from xeco_convert.plan import ConversionPlan, make_plan
+from xeco_convert.report_page import Draw, html_note, html_page, html_plots, html_table
+
+COLUMNS = ("KV size", "bytes per token", "of the source", "perplexity", "gap (nats)", "KL (nats)", "top-1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """One KV size. `fidelity`: perplexities, KL and top-1 before any training, as in a conversion's report; `widths`:
+    (kv_lora_rank, qk_rope_head_dim) of each converted layer. Where the size cannot be met, `problem` says why and what the
+    smallest possible is, and the rest is None."""
+
+    kv_size: str
+    kv_bytes_per_token: int | None = None
+    kv_share: float | None = None
+    fidelity: dict[str, Any] | None = None
+    widths: tuple[tuple[int, int], ...] = ()
+    problem: str | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """ln(perplexity / source perplexity), nats per token."""
+        if self.fidelity is None:
+            return None
+        return math.log(self.fidelity["perplexity"] / self.fidelity["perplexity_source"])
+
+    def row(self) -> list[Any]:
+        """Cells under COLUMNS; None where nothing is known."""
+        if self.fidelity is None:
+            return [self.kv_size, self.kv_bytes_per_token, _percent(self.kv_share), *(None,) * 4]
+        found = self.fidelity
+        cells = [self.kv_size, self.kv_bytes_per_token, _percent(self.kv_share), f"{found['perplexity']:.4g}"]
+        return [*cells, self.gap, found["kl"], _percent(found["top1"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """All sizes, in the order asked for. `kv_bytes_before`: bytes per token of the source's cache."""
+
+    source: str
+    kv_bytes_before: int
+    calibration: str
+    calibration_tokens: int
+    refine: bool
+    points: tuple[SweepPoint, ...]
+
+    @property
+    def perplexity_source(self) -> float | None:
+        """On the same tokens as the points."""
+        found = (point.fidelity["perplexity_source"] for point in self.points if point.fidelity is not None)
+        return next(found, None)
+
+    def rows(self) -> list[list[Any]]:
+        """The table: the source first."""
+        perplexity = None if self.perplexity_source is None else f"{self.perplexity_source:.4g}"
+        source = ["source", self.kv_bytes_before, "100.0%", perplexity, None, None, None]
+        return [source, *(point.row() for point in self.points)]
+
+    def problems(self) -> list[str]:
+        """A sentence for each size that cannot be met."""
+        return [f"{point.kv_size}: {point.problem}" for point in self.points if point.problem is not None]
+
+    def setting(self) -> str:
+        """How the sizes were measured."""
+        refined = "closed form and refinement" if self.refine else "closed form"
+        return (
+            f"Before any training; {refined}, calibrated on {self.calibration_tokens:,} tokens of: {self.calibration}; "
+            "measured on other tokens of the same text."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return dataclasses.asdict(self)
+
+
+def sweep(
+    source: str | Path, kv_sizes: Sequence[str], *, on_progress: Progress | None = None, **fields: Any
+) -> SweepReport:
+    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25); `fields` are fields of ConvertOptions.
+
+    A size that cannot be met becomes a point with a `problem`. Raises the errors of `xeco_convert.errors` where nothing could
+    be measured at any size.
+    """
+    index = CheckpointIndex.open(source, fields.get("revision"))
+    # the whole cache can always be met: what this refuses would be refused at every size
+    whole = make_plan(index, ConvertOptions(kv_size="100%", **fields))
+    run = _Sweep(index, fields, on_progress or (lambda what, share: None))
+    points = tuple(run.point(size, number / len(kv_sizes), 1 / len(kv_sizes)) for number, size in enumerate(kv_sizes))
+    if not run.summary:
+        raise OptionError(points[0].problem if points else "--kv-sizes: no size was given; add some, as 50,25.")
+    summary = run.summary
+    return SweepReport(
+        source=index.hub_id or index.folder.name,
+        kv_bytes_before=whole.geometry.cache_width * len(whole.layers) * DTYPE_BYTES[whole.dtype],
+        calibration=summary["calibration"],
+        calibration_tokens=summary["calibration_tokens"],
+        refine=whole.options.refine,
+        points=points,
+    )
+
+
+def parse_sizes(text: str) -> tuple[str, ...]:
+    """KV sizes in a list such as 75,50,25 or 75%,50%: numbers above 1 are percent. Each once. Raises `OptionError`."""
+    sizes = []
+    for part in text.split(","):
+        percent = part.strip().endswith("%") or not _above_one(part)
+        try:
+            share = parse_share(part if percent else f"{part.strip()}%")
+        except OptionError:
+            raise OptionError(
+                f"--kv-sizes: expected percentages such as 75,50,25, at most 100, found {text!r}; change the list."
+            ) from None
+        sizes.append(f"{100 * share:.10g}%")
+    return tuple(dict.fromkeys(sizes))
+
+
+def sweep_page(report: SweepReport) -> str:
+    """The table and the trade-off curve as one HTML page that needs no network."""
+    measured = [point for point in report.points if point.fidelity is not None]
+    parts = [
+        html_table(COLUMNS, report.rows()),
+        *(html_note(problem) for problem in report.problems()),
+        html_note(report.setting()),
+    ]
+    plots: list[tuple[str, str, Draw]] = [
+        ("perplexity", "Perplexity before any training.", lambda axes: _draw_perplexity(axes, report, measured)),
+        ("agreement", "How often source and converted model agree on the most likely token.", _draw_top1(measured)),
+    ]
+    return html_page(f"{report.source}: quality by KV size", [*parts, *(html_plots(plots) if measured else [])])
+
+
+class _Sweep:
+    """Goes through the sizes; the first that can be met makes the statistics for all."""
+
+    def __init__(self, index: CheckpointIndex, fields: dict[str, Any], on_progress: Progress) -> None:
+        self._index = index
+        self._fields = fields
+        self._on_progress = on_progress
+        self._device = device_by_name(fields.get("device", "cpu"))
+        self.first: CalibratedInitialisation | None = None
+        self.summary: dict[str, Any] = {}
+
+    def point(self, kv_size: str, start: float, share: float) -> SweepPoint:
+        """Plan, convert and measure at one size; the progress bar goes on from `start` by `share`."""
+        try:
+            plan = make_plan(self._index, self._options(kv_size))
+            initialisation = CalibratedInitialisation(
+                plan,
+                self._device,
+                lambda what, done: self._on_progress(f"{kv_size}: {what}", start + share * done),
+                measured_by=self.first,
+            )
+            self.first = self.first or initialisation
+            plan = initialisation.final_plan()
+        except OptionError as error:
+            return SweepPoint(kv_size=kv_size, problem=str(error))
+        for _layer in initialisation.layers():
+            pass  # each is measured as it goes by; none is kept
+        self.summary = initialisation.summary()
+        self._on_progress(kv_size, start + share)
+        return _point(kv_size, plan, self.summary["fidelity"])
+
+    def _options(self, kv_size: str) -> ConvertOptions:
+        fields = dict(self._fields)
+        if fields.get("work_dir") is not None:  # results in a folder are those of one size
+            fields["work_dir"] = str(Path(fields["work_dir"]) / f"kv-size-{kv_size.rstrip('%')}")
+        return ConvertOptions(kv_size=kv_size, **fields)
+
+
+def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:
+    numbers, before = sum(plan.kv_numbers_per_token()), plan.geometry.cache_width * len(plan.layers)
+    shapes = [item.shape for item in plan.layers if item.shape is not None]
+    return SweepPoint(
+        kv_size=kv_size,
+        kv_bytes_per_token=numbers * DTYPE_BYTES[plan.dtype],
+        kv_share=numbers / before,
+        fidelity=fidelity,
+        widths=tuple((shape.kv_lora_rank, shape.qk_rope_head_dim) for shape in shapes),
+    )
+
+
+def _draw_perplexity(axes: Any, report: SweepReport, measured: Sequence[SweepPoint]) -> None:
+    ordered = sorted(measured, key=lambda point: point.kv_share or 0.0)
+    shares = [100 * (point.kv_share or 0.0) for point in ordered]
+    perplexities = [point.fidelity["perplexity"] for point in ordered if point.fidelity is not None]
+    axes.plot(shares, perplexities, marker="o", label="converted")
+    if report.perplexity_source is not None:
+        axes.axhline(report.perplexity_source, color="0.4", linestyle="--", label="source")
+    if max(perplexities) > 5 * min(perplexities):
+        axes.set_yscale("log")
+    axes.set(xlabel="KV cache, percent of the source's", ylabel="perplexity")
+    axes.grid(visible=True, color="0.9")
+    axes.legend(frameon=False)
+
+
+def _draw_top1(measured: Sequence[SweepPoint]) -> Draw:
+    def draw(axes: Any) -> None:
+        points = sorted(
+            (point.kv_share or 0.0, point.fidelity["top1"]) for point in measured if point.fidelity is not None
+        )
+        axes.plot([100 * share for share, _ in points], [100 * top1 for _, top1 in points], marker="o")
+        axes.set(xlabel="KV cache, percent of the source's", ylabel="top-1 agreement, percent")
+        axes.grid(visible=True, color="0.9")
+
+    return draw
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _above_one(text: str) -> bool:
+    try:
+        return float(text) > 1
+    except ValueError:
+        return False
