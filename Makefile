@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m xeco_convert.demo --output demo-output
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -rs
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -170,8 +170,9 @@ def _check_budget(plan: ConversionPlan) -> None:
     kept = plan.geometry.cache_width * (len(plan.layers) - len(plan.converted_layers))
     total = plan.geometry.cache_width * len(plan.layers)
     smallest = least + kept
+    flag = "--kv-size" if plan.options.kv_size is not None else "--kv-bytes-per-token"
     raise OptionError(
-        f"--kv-size: expected at least {smallest / total:.1%} ({smallest} numbers per token, "
+        f"{flag}: expected at least {smallest / total:.1%} ({smallest} numbers per token, "
         f"{smallest * DTYPE_BYTES[plan.dtype]} bytes) for {len(plan.converted_layers)} converted layers in steps of "
         f"{plan.rank_multiple}, found {(budget + kept) / total:.1%}; allow more, or lower --rank-multiple."
     )

@@ -70,7 +70,7 @@ def test_a_preset_that_deviates_fails(
     monkeypatch.setitem(PRESETS, "stories260k", preset)
     assert main(["--preset", "stories260k"]) == 1
     printed = capsys.readouterr().out
-    assert "deviates by more than 5%: paper 12+4" in printed and "deviates by more than 5%: source" in printed
+    assert "not as expected: paper 12+4" in printed and "not as expected: source" in printed
 
 
 def test_settings_of_a_preset_cannot_be_changed(capsys: pytest.CaptureFixture[str]) -> None:

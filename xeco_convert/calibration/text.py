@@ -106,7 +106,7 @@ def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
         import datasets
     except ImportError:
         raise CheckpointError(
-            f"--calibration: {calibration} needs the datasets library; pip install datasets, or give .txt or .jsonl."
+            f"--calibration: {calibration} needs the datasets library: pip install 'xeco-convert[data]', or give .txt or .jsonl."
         ) from None
     try:
         if path.suffix == ".parquet":

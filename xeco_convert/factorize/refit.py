@@ -86,7 +86,7 @@ class ValueRefit:
             left, values, right = torch.linalg.svd(lower.T @ maps[head], full_matrices=False)
             kept = min(width, values.shape[0])
             up = torch.linalg.solve_triangular(lower.T, left[:, :kept], upper=True)
-            # balanced between the two factors, so that a regression that follows finds both at one scale
+            # half of the scale to each factor, in the metric of the features
             root = values[:kept].clamp_min(1e-12 * float(values[0])).sqrt()
             w_uv[head, :kept] = (up * root).T
             w_o[head, :kept] = root[:, None] * right[:kept]

@@ -73,7 +73,7 @@ def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[
     smallest = sum(min(widths.total for widths in offers) for offers in costs)
     if smallest > budget:
         raise OptionError(
-            f"--kv-size: a budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
+            f"a KV budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
             "Allow more, or lower --rank-multiple."
         )
     unit = math.gcd(*(widths.total for offers in costs for widths in offers))
