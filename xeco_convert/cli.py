@@ -19,6 +19,7 @@ from xeco_convert import __version__
 from xeco_convert.command import run_command
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.options import ConvertOptions
+from xeco_convert.report import format_cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -358,18 +359,10 @@ def _inspect_row(row: dict[str, Any]) -> list[Any]:
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A plain table on stdout, the same on a terminal and in a file."""
-    cells = [list(columns)] + [[_cell(value) for value in row] for row in rows]
+    cells = [list(columns)] + [[format_cell(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     for row in cells:
         click.echo("  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
-    return str(value)
 
 
 def _write_json(file: Path | None, data: dict[str, Any]) -> None:

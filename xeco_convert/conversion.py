@@ -211,16 +211,7 @@ def output_config(plan: ConversionPlan) -> dict[str, Any]:
 
 def layer_entry(shape: MlaShape) -> dict[str, Any]:
     """A layer's entry of mla_layers."""
-    return MlaLayer(
-        kv_lora_rank=shape.kv_lora_rank,
-        qk_nope_head_dim=shape.qk_nope_head_dim,
-        qk_rope_head_dim=shape.qk_rope_head_dim,
-        v_head_dim=shape.v_head_dim,
-        q_lora_rank=shape.q_lora_rank,
-        latent_norm=shape.latent_norm,
-        rope_index=shape.rope_index,
-        biases=shape.biases,
-    ).to_dict()
+    return MlaLayer(**shape.layer_fields()).to_dict()
 
 
 def _peak_memory_bytes() -> int:

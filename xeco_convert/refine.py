@@ -29,8 +29,8 @@ _LAST_RATE = 0.02  # of the cosine schedule, as a share of the learning rate
 
 @dataclass(frozen=True, kw_only=True)
 class RefineOptions:
-    """`learning_rate` is for float32 weights with balanced scales. A step takes `batch_tokens` tokens. `deadline` (in
-    seconds of time.monotonic) ends the regression early: the schedule then runs by the clock."""
+    """`learning_rate` is for float32 weights with balanced scales. A step takes `batch_tokens` tokens. `seconds` bounds one
+    attempt at a layer: its schedule then runs by the clock. (An attempt that fails is repeated once, four times slower.)"""
 
     steps: int = 200
     learning_rate: float = 5e-3

@@ -85,3 +85,12 @@ class ConversionReport:
             for layer in self.layers
         )
         return dataclasses.replace(self, layers=layers)
+
+
+def format_cell(value: Any) -> str:
+    """A value of a table as text: four digits, powers of ten where small, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    return str(value)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from xeco_convert.report import ConversionReport, LayerReport
+from xeco_convert.report import ConversionReport, LayerReport, format_cell
 
 # What a plot is drawn by: gets matplotlib's Axes (Any, because matplotlib may be missing).
 Draw = Callable[[Any], None]
@@ -71,7 +71,7 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table of texts and numbers, escaped; None is an empty cell."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(format_cell(value))}</td>" for value in row) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
@@ -306,11 +306,3 @@ def _plain_settings(salt: str) -> Iterator[None]:
 def _own_ids(svg: str, name: str) -> str:
     """The drawing with ids of its own: every figure of matplotlib calls its parts axes_1, patch_1 and so on."""
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
-    return str(value)

@@ -92,16 +92,7 @@ class LayerChecker:
         return module
 
     def _latent_module(self, layer: int, shape: MlaShape, factors: MlaAttention) -> nn.Module:
-        widths = MlaLayer(
-            kv_lora_rank=shape.kv_lora_rank,
-            qk_nope_head_dim=shape.qk_nope_head_dim,
-            qk_rope_head_dim=shape.qk_rope_head_dim,
-            v_head_dim=shape.v_head_dim,
-            q_lora_rank=shape.q_lora_rank,
-            latent_norm=shape.latent_norm,
-            rope_index=shape.rope_index,
-            biases=shape.biases,
-        )
+        widths = MlaLayer(**shape.layer_fields())
         original = self._model.layers[layer].self_attn
         module = LatentSelfAttention(self._config, original, widths, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})

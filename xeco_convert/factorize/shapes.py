@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class MlaShape:
     def cache_width(self) -> int:
         """Numbers cached per token: the latent and the one rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def layer_fields(self) -> dict[str, Any]:
+        """What config.json says of the layer: everything but the numbers of the whole model."""
+        return {name: value for name, value in vars(self).items() if name not in ("num_attention_heads", "hidden_size")}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """State-dict names below the attention module, with shapes, in the order in which they are stored."""
