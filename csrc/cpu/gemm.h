@@ -1,0 +1,78 @@
+// The one inner product that all kernels are made of, in float32:
+//
+//   C[i][n] (+)= sum over k of A(i, k) * B[k][n]        i < rows, n < panel width, k < depth
+//
+// B is a panel: `depth` rows of one or two vectors, packed. A is read as it lies, by broadcasting single numbers: along
+// its rows (A(i, k) = a[i * stride + k], cached tokens times queries) or along its columns (A(i, k) = a[k * stride + i],
+// the same tokens as values). So scores come out as [token][query row], the softmax runs down the vectors, and nothing is
+// ever transposed but the queries and the output, once each.
+
+namespace xeco::XECO_ISA {
+
+// Rows of A that share one pass over the panel: as many accumulators as the registers hold.
+#if XECO_LANES == 16
+constexpr int kRowBlock = 12;
+#elif XECO_LANES == 8
+constexpr int kRowBlock = 6;
+#else
+constexpr int kRowBlock = 4;
+#endif
+
+template <int kRows, int kVectors, bool kColumns>
+XECO_INLINE void gemm_block(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride,
+                            bool accumulate) {
+  Vf sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = accumulate ? load(c + i * c_stride + j * kLanes) : Vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vf right[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b + (k * kVectors + j) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const float left = kColumns ? a[k * stride + i] : a[i * stride + k];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sums[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
+}
+
+// The last rows, fewer than a block: the block of the fitting size is found by counting down.
+template <int kRows, int kVectors, bool kColumns>
+XECO_INLINE void gemm_last_rows(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
+                                int64_t c_stride, bool accumulate) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      gemm_block<kRows, kVectors, kColumns>(depth, a, stride, b, c, c_stride, accumulate);
+    else
+      gemm_last_rows<kRows - 1, kVectors, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
+  }
+}
+
+template <int kVectors, bool kColumns>
+static void gemm_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
+                       int64_t c_stride, bool accumulate) {
+  const int64_t step = kColumns ? 1 : stride;
+  int64_t i = 0;
+  for (; i + kRowBlock <= rows; i += kRowBlock)
+    gemm_block<kRowBlock, kVectors, kColumns>(depth, a + i * step, stride, b, c + i * c_stride, c_stride, accumulate);
+  gemm_last_rows<kRowBlock - 1, kVectors, kColumns>(rows - i, depth, a + i * step, stride, b, c + i * c_stride,
+                                                     c_stride, accumulate);
+}
+
+template <bool kColumns>
+static void gemm(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, int vectors, float* c,
+                 int64_t c_stride, bool accumulate) {
+  if (vectors == 1)
+    gemm_panel<1, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
+  else
+    gemm_panel<2, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
+}
+
+}  // namespace xeco::XECO_ISA

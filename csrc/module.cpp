@@ -1,0 +1,36 @@
+// The Python module xeco_convert._C: facts about this build, and the level of the CPU kernels. Its import registers the
+// kernels of the ops that xeco_convert/ops/ defines.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "xeco/dispatch.h"
+
+namespace {
+
+std::vector<std::string> level_names() {
+  std::vector<std::string> names;
+  for (const xeco::CpuLevel level : xeco::compiled_levels()) names.emplace_back(xeco::level_name(level));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of xeco-convert: facts about this build.";
+  m.attr("version") = XECO_VERSION;
+  m.attr("torch_target") = "2.10";
+  m.attr("built_with_torch") = XECO_BUILT_WITH_TORCH;
+  m.attr("compiled_levels") = level_names();
+  m.attr("detected_level") = xeco::level_name(xeco::detected_level());
+  m.attr("device_archs") = std::vector<std::string>{};  // the CPU module holds no device code
+#if defined(XECO_EMULATE_AMX)
+  m.attr("emulated") = std::vector<std::string>{"amx"};
+#else
+  m.attr("emulated") = std::vector<std::string>{};
+#endif
+  m.def("cpu_level", [] { return std::string(xeco::level_name(xeco::cpu_level())); },
+        "The level in force: what this processor has, or lower where capped.");
+  m.def("set_cpu_level", &xeco::set_cpu_level, pybind11::arg("name"),
+        "Cap the level of the CPU kernels. Raises ValueError for an unknown name or one above detected_level.");
+  xeco::cpu_level();  // an XECO_CPU_LEVEL that names no level fails the import, not the first call
+}
