@@ -219,6 +219,7 @@ class Forward {
     for (int64_t token = first; token < last;) {
       const auto rows = token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, work.block.batch, token,
                                             smaller_of(kTileTokens, last - token));
+      prefetch_tile(work.block.batch, token + rows.tokens, last);
       const auto tile = Engine::tile(rows, shape_.rank, shape_.rope, false, memory.tile);
       for (int64_t p = 0; p < work.block.num_panels; ++p) {
         const PanelRange& range = work.ranges[p];
@@ -230,6 +231,18 @@ class Forward {
         Engine::add_weighted_latents(tile, shape_.rank, 0, weights, vectors, work.states[p].sums);
       }
       token += rows.tokens;
+    }
+  }
+
+  // Asks for the next tile while this one is worked on: rows of a cache are too far apart for the processor to guess.
+  void prefetch_tile(int64_t batch, int64_t first, int64_t last) const {
+    if (first >= last) return;
+    const auto rows = token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, batch, first,
+                                          smaller_of(kTileTokens, last - first));
+    constexpr int64_t kLine = 64 / sizeof(Storage);
+    for (int64_t t = 0; t < rows.tokens; ++t) {
+      for (int64_t i = 0; i < shape_.rank; i += kLine) __builtin_prefetch(rows.latent + t * rows.latent_stride + i, 0, 2);
+      for (int64_t i = 0; i < shape_.rope; i += kLine) __builtin_prefetch(rows.rope + t * rows.rope_stride + i, 0, 2);
     }
   }
 
