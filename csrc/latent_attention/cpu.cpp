@@ -26,7 +26,9 @@ CpuKernels choose_kernels(const AttentionShape& shape) {
   const bool pairs = shape.dtype == Dtype::kBFloat16 && shape.rank % 2 == 0 && shape.rope % 2 == 0;
   if (pairs && level >= CpuLevel::kAmx) return amx_kernels();
   if (pairs && level >= CpuLevel::kAvx512Bf16) return avx512_bf16_kernels();
-  if (level >= CpuLevel::kAvx512) return avx512_kernels(shape.dtype);
+  // Few query rows leave half of a 16-lane vector empty; 8 lanes cost half as much then.
+  const bool few_rows = shape.num_queries * shape.num_heads <= 8;
+  if (level >= CpuLevel::kAvx512 && !few_rows) return avx512_kernels(shape.dtype);
   if (level >= CpuLevel::kAvx2) return avx2_kernels(shape.dtype);
 #else
   (void)level;
