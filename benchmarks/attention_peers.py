@@ -7,7 +7,7 @@ v_head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,82 +46,88 @@ class Case:
         return self.batch * self.tokens * (self.rank + self.rope) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Queries [B, Q, H, R + P] and cached rows [B, T, R + P], each one buffer that the ops read in place; and keys and
-    values [B, H, T, N + P] for the decompressed form, of which only the shapes matter (values padded to the width of
-    keys, without which torch's fused kernels do not serve)."""
+    """What the implementations are given.
 
-    case: Case
-    queries: Tensor
-    rows: Tensor
-    keys: Tensor
-    values: Tensor
+    parts: q_latent [B, Q, H, R], q_rope [B, Q, H, P], c_kv [B, T, R] and k_rope [B, T, P], as a model has them; gradients
+    are taken with respect to these. joined(): queries [B, Q, H, R + P] and rows [B, T, R + P], which torch's own attention
+    needs: made beforehand for inference (a kindness), by `cat` in every training step. keys and values [B, H, T, N + P]:
+    the decompressed form, of which only the shapes matter (values padded to the width of keys, without which torch's fused
+    kernels do not serve); none for training.
+    """
 
-    @classmethod
-    def random(cls, case: Case, *, requires_grad: bool = False) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            made = torch.randn(*shape, generator=generator).to(case.dtype)
-            return made.requires_grad_(requires_grad)
-
-        width, expanded = case.rank + case.rope, case.nope + case.rope
-        return cls(
-            case=case,
-            queries=normal(case.batch, case.queries, case.heads, width),
-            rows=normal(case.batch, case.tokens, width),
-            keys=normal(case.batch, case.heads, case.tokens, expanded),
-            values=normal(case.batch, case.heads, case.tokens, expanded),
+    def __init__(self, case: Case, *, training: bool = False) -> None:
+        self.case = case
+        self._generator = torch.Generator().manual_seed(0)
+        width = case.rank + case.rope
+        queries, rows = (
+            self._normal(case.batch, case.queries, case.heads, width),
+            self._normal(case.batch, case.tokens, width),
         )
+        self.parts = tuple(part for both in (queries, rows) for part in both.split([case.rank, case.rope], dim=-1))
+        self._joined: tuple[Tensor, Tensor] | None = (queries, rows)
+        self.keys = self.values = torch.empty(0)
+        if training:
+            self._joined = None
+            self.parts = tuple(part.clone().requires_grad_() for part in self.parts)
 
-    def without_keys(self) -> Inputs:
-        """The same with no keys and values, where their memory would be counted."""
-        nothing = torch.empty(0)
-        return replace(self, keys=nothing, values=nothing)
+    def with_keys(self) -> Inputs:
+        """The same with keys and values."""
+        shape = (self.case.batch, self.case.heads, self.case.tokens, self.case.nope + self.case.rope)
+        self.keys, self.values = self._normal(*shape), self._normal(*shape)
+        return self
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Queries and rows."""
+        if self._joined is not None:
+            return self._joined
+        q_latent, q_rope, c_kv, k_rope = self.parts
+        return torch.cat([q_latent, q_rope], dim=-1), torch.cat([c_kv, k_rope], dim=-1)
+
+    def forget_gradients(self) -> None:
+        """Free them."""
+        for part in self.parts:
+            part.grad = None
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self.case.dtype)
 
 
 def fused(inputs: Inputs) -> Tensor:
     """The op of this package."""
-    rank = inputs.case.rank
-    parts = (
-        *(inputs.queries[..., :rank], inputs.queries[..., rank:]),
-        *(inputs.rows[..., :rank], inputs.rows[..., rank:]),
-    )
     if inputs.case.queries == 1:
-        return latent_attention_decode(*parts, softmax_scale=SCALE)[0]
-    return latent_attention(*parts, softmax_scale=SCALE)[0]
+        return latent_attention_decode(*inputs.parts, softmax_scale=SCALE)[0]
+    return latent_attention(*inputs.parts, softmax_scale=SCALE)[0]
 
 
 def absorbed_sdpa(inputs: Inputs) -> Tensor:
     """Rows as keys and values; in a decode step the heads take the place of the query tokens."""
-    case, rows = inputs.case, inputs.rows.unsqueeze(1)
+    case = inputs.case
+    queries, rows = inputs.joined()
+    rows = rows.unsqueeze(1)
     if case.queries == 1:
-        out = functional.scaled_dot_product_attention(inputs.queries, rows, rows, scale=SCALE)
-        return out[..., : case.rank]
+        return functional.scaled_dot_product_attention(queries, rows, rows, scale=SCALE)[..., : case.rank]
     rows = rows.expand(-1, case.heads, -1, -1)
-    out = functional.scaled_dot_product_attention(
-        inputs.queries.transpose(1, 2), rows, rows, is_causal=True, scale=SCALE
-    )
+    out = functional.scaled_dot_product_attention(queries.transpose(1, 2), rows, rows, is_causal=True, scale=SCALE)
     return out.transpose(1, 2)[..., : case.rank]
 
 
 def absorbed_bmm(inputs: Inputs) -> Tensor:
     """Scores, softmax and weighted sum as three calls: all query rows of a sequence in one product."""
     case = inputs.case
-    flat = inputs.queries.flatten(1, 2)  # [B, Q·H, R + P]
-    scores = torch.bmm(flat, inputs.rows.transpose(1, 2)) * SCALE
+    queries, rows = inputs.joined()
+    scores = torch.bmm(queries.flatten(1, 2), rows.transpose(1, 2)) * SCALE
     if case.queries > 1:
         future = torch.ones(case.queries, case.tokens, dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future.repeat_interleave(case.heads, dim=0), -torch.inf)
-    out = torch.bmm(scores.softmax(dim=-1), inputs.rows[..., : case.rank])
+    out = torch.bmm(scores.softmax(dim=-1), rows[..., : case.rank])
     return out.unflatten(1, (case.queries, case.heads))
 
 
 def decompressed_sdpa(inputs: Inputs) -> Tensor:
     """Keys and values of every head, as a cache without latents would hold them."""
     case = inputs.case
-    queries = inputs.queries[..., : case.nope + case.rope].transpose(1, 2)
+    queries = inputs.joined()[0][..., : case.nope + case.rope].transpose(1, 2)
     return functional.scaled_dot_product_attention(
         queries, inputs.keys, inputs.values, is_causal=case.queries > 1, scale=SCALE
     )

@@ -184,10 +184,10 @@ std::tuple<Tensor, Tensor> latent_attention_decode(Tensor q_latent, Tensor q_rop
 }
 
 // As many groups as rows of the queries outnumber the tokens, so that their sums take no more memory than the gradient of
-// the queries does; at most 32.
+// the queries does; at most 16.
 int64_t backward_groups(const AttentionShape& shape) {
   const int64_t rows = shape.num_queries * shape.num_heads, blocks = query_blocks(shape) / std::max<int64_t>(1, shape.batch);
-  const int64_t wanted = std::max<int64_t>(1, 32 / std::max<int64_t>(1, shape.batch));
+  const int64_t wanted = std::max<int64_t>(1, 16 / std::max<int64_t>(1, shape.batch));
   const int64_t affordable = rows / std::max<int64_t>(1, shape.num_tokens);
   return std::max<int64_t>(1, std::min({wanted, affordable, blocks}));
 }
