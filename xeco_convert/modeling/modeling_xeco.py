@@ -308,9 +308,13 @@ def _kernel_obstacle(device_type: str, dtype: torch.dtype, asked: str | None) ->
         return fused.kernel_obstacle(device_type, dtype)
     if device_type == "cpu" and not _warned:
         _warned = True
-        warnings.warn(
+        # transformers' registry: every checkpoint brings a copy of this file, and the warning is for the process
+        warnings.warn_explicit(
             "xeco_convert is not installed; attention runs in plain torch: slower, same results (pip install xeco-convert)",
-            stacklevel=2,
+            UserWarning,
+            __file__,
+            1,
+            registry=vars(transformers).setdefault("__warningregistry__", {}),
         )
     return "xeco_convert is not installed"
 
