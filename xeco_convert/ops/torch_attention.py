@@ -112,7 +112,8 @@ def _check(q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> No
         )
     if c_kv.dim() != 3 or k_rope.dim() != 3 or c_kv.shape[:2] != k_rope.shape[:2]:
         raise ValueError(
-            f"absorbed_attention: expected c_kv [B, T, R] and k_rope [B, T, P], found {tuple(c_kv.shape)} and {tuple(k_rope.shape)}"
+            "absorbed_attention: expected c_kv [B, T, R] and k_rope [B, T, P], "
+            f"found {tuple(c_kv.shape)} and {tuple(k_rope.shape)}"
         )
     if (
         q_latent.shape[0] != c_kv.shape[0]
