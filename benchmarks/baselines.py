@@ -56,7 +56,9 @@ def baseline_model(
     plan = make_plan(CheckpointIndex.open(checkpoint), ConvertOptions(rank=rank, rope_dim=rope_dim))
     slots = rope_dim // 2
     if slots % (half := plan.geometry.head_dim // 2) and half % slots:
-        raise OptionError(f"{kind}: expected a rotary width that divides head_dim, or a multiple of it, found {rope_dim}.")
+        raise OptionError(
+            f"{kind}: expected a rotary width that divides head_dim, or a multiple of it, found {rope_dim}."
+        )
     layers = []
     for source, moments in _layers(kind, plan, windows, attended=attended):
         layers.append(factors(source, moments, rank, slots, folded=kind == "transmla"))

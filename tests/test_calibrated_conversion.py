@@ -166,7 +166,7 @@ def test_refinement_lowers_the_held_out_error_or_keeps_the_start(
     )
     for layer in report.layers:
         errors = layer.details["refine_errors"]
-        assert set(errors) == {"start", "refit", "regression"}
+        assert set(errors) == {"start", "refit", "scores", "regression"}
         assert errors[layer.details["refine_kept"]] == min(errors.values())
     with torch.no_grad():
         assert bool(loaded(tmp_path / "out")(random_ids(1, 20)).logits.isfinite().all())

@@ -406,3 +406,34 @@ def test_degenerate_layers_give_finite_factors(what: str) -> None:
     torch.testing.assert_close(exact, source_output(source, x, context), rtol=1e-5, atol=1e-5)
     assert math.isfinite(layer.expected_error(4, 2)) and math.isfinite(layer.errors(4, 2).key)
     assert math.isfinite(layer.errors(4, 2).value)
+
+
+@pytest.mark.parametrize("bias", ["", "qkv"])
+def test_directions_that_the_tokens_leave_out_get_a_ridge(bias: str) -> None:
+    """Three different tokens reach three directions. The ridge orders the others by their weights, and what the tokens do
+    reach stays what it was; enough tokens need none."""
+    source, x = random_attention(4, 2, bias=bias), gaussian_inputs()
+    context = context_of(source)
+    enough = collected(source, x, context)
+    whole = enough.regularised(source)
+    assert whole.unseen == 0 and whole.directions == 32 and whole.attended is enough.attended
+    few = collected(source, x[:1, :3].repeat(1, 4, 1), context)
+    found = few.regularised(source)
+    assert (found.unseen, found.directions) == (29, 32)
+    assert int(torch.linalg.matrix_rank(few.attended)) == 3 and int(torch.linalg.matrix_rank(found.attended)) == 32
+    assert float((found.attended - few.attended).norm() / few.attended.norm()) < 1e-5
+    plain, ridged = (CalibratedLayer(source, each, context.softmax_scale) for each in (few, found))
+    for rank in (2, 3):
+        assert ridged.expected_error(rank, 4) == pytest.approx(plain.expected_error(rank, 4), rel=1e-3, abs=1e-5)
+    # on other inputs the closed form of the ridge is far better: without it the other rows of the latent are arbitrary
+    fresh = gaussian_inputs(windows=16, seed=4)
+    errors = [output_error(source, layer.factors(24, 8), fresh, context) for layer in (ridged, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_keys_and_values_of_low_rank_need_no_ridge() -> None:
+    """Directions that the weights do not have are no fault of the text."""
+    source, x = random_attention(4, 2), gaussian_inputs()
+    source = dataclasses.replace(source, k_weight=source.k_weight[:8].repeat(2, 1))
+    found = collected(source, x, context_of(source)).regularised(source)
+    assert (found.unseen, found.directions) == (0, 24)
