@@ -56,7 +56,6 @@ def timed_cases(text: Path) -> tuple[TimedCase, ...]:
         TimedCase(name="text, 25%", arguments=("--kv-size", "25%", *given), limit=CLOSED_FORM_LIMIT),
         TimedCase(name="self-sampled, 25%", arguments=("--kv-size", "25%"), limit=CLOSED_FORM_LIMIT),
         TimedCase(name="--refine, 50%", arguments=("--kv-size", "50%", *given, *refined), limit=REFINE_LIMIT),
-        TimedCase(name="--refine, 12.5%", arguments=("--kv-size", "12.5%", *given, *refined), limit=REFINE_LIMIT),
     )
 
 

@@ -28,7 +28,7 @@ from xeco_convert.ranks.budget import Widths
 _BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
 _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
-_MOST_PROBES = 5  # totals at which a layer is refined for a look
+_MOST_PROBES = 4  # totals at which a layer is refined for a look
 
 # Refines a layer for a look: the factors, and the share of their error that is left.
 Probe = Callable[[MlaAttention], tuple[MlaAttention, float]]

@@ -28,7 +28,7 @@ _RIDGE = 3e-2  # in the preconditioner's metric, as a share of the largest curva
 _DAMPING = 1e-3  # of the preconditioner's own factors, as a share of their mean diagonal
 # Iterations at which a solution is offered, and steps along it: more iterations fit the tokens closer, and a whole step may
 # be more than the linear picture holds for. The caller chooses by held-out error.
-_OFFERED = (3, 6, 12)
+_OFFERED = (4, 8)
 _STEPS = (1.0, 0.5)
 
 

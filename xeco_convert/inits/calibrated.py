@@ -155,7 +155,7 @@ class CalibratedInitialisation:
         seconds = None if options.seconds is None else options.seconds * _PROBE_SHARE
         short = dataclasses.replace(
             options,
-            steps=max(1, options.steps // 4),
+            steps=max(1, options.steps // 5),
             batch_tokens=options.batch_tokens // 2,
             held_out_windows=_PROBE_HELD_OUT,
             seconds=seconds,
