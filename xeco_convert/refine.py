@@ -134,13 +134,17 @@ class LayerRefinement:
         windows = slice(0, min(self._trained.stop, max(1, _SCORE_TOKENS // self._inputs.shape[1])))
         tokens = [self._score_tokens(part) for part in self._parts(windows, 1)]
         best, least = start, error
+        seconds = self._options.seconds
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
         for _ in range(_SCORE_ROUNDS):
             before = least
             for factors in ScoreRefit(best, self._heads, self._context, tokens).offers():
                 found = self.held_out_error(factors)
                 if found < least:
                     best, least = factors, found
-            if least == before:
+                if time.monotonic() > deadline:
+                    break
+            if least == before or time.monotonic() > deadline:
                 break
             values = self._refit(best)
             found = self.held_out_error(values)
