@@ -42,7 +42,9 @@ class LayerView:
 
     def context(self) -> AttentionContext:
         """What the attention is called with beside its input."""
-        return AttentionContext(cos=self.cos, sin=self.sin, mask=self.mask, softmax_scale=self.softmax_scale)
+        return AttentionContext(
+            cos=self.cos, sin=self.sin, mask=self.mask, softmax_scale=self.softmax_scale, norm_eps=self.norm_eps
+        )
 
     def batches(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of a few windows each."""
@@ -71,6 +73,11 @@ class LayerView:
             return self.run(inputs)
         finally:
             self.layer.self_attn = original
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the configuration (rms_norm_eps), which the latent's norm takes too."""
+        return float(self.layer.input_layernorm.variance_epsilon)  # type: ignore[union-attr,arg-type]
 
     @property
     def softmax_scale(self) -> float:

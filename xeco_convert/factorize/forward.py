@@ -63,12 +63,7 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
     rope = 2 * len(mla.rope_index or ())
     queries = _mla_queries(mla, x_WTX).unflatten(-1, (num_heads, -1))
     q_nope, q_rope = queries.split([queries.shape[-1] - rope, rope], dim=-1)
-    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
-    c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
-    if mla.latent_norm_weight is not None:
-        c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
-    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
-    cos, sin = context.cos[..., columns], context.sin[..., columns]
+    c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
     w_uk, _ = split_up_projection(mla, num_heads)
     q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
     query_rows = torch.cat([q_latent, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))], dim=-1).transpose(1, 2)
@@ -77,6 +72,20 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
         query_rows, key_rows, key_rows, attn_mask=context.mask, scale=context.softmax_scale
     )
     return out.transpose(1, 2)[..., : c_kv.shape[-1]]
+
+
+def mla_compressed(
+    mla: MlaAttention, x_WTX: Tensor, context: AttentionContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents [W, T, R] (behind the latent norm), the shared rotary key [W, T, P] before rotation, and the layer's own
+    columns of cos and sin [1 or W, T, P]."""
+    rope = 2 * len(mla.rope_index or ())
+    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
+    c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
+    if mla.latent_norm_weight is not None:
+        c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
+    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
+    return c_kv, k_rope, context.cos[..., columns], context.sin[..., columns]
 
 
 def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
