@@ -114,7 +114,7 @@ class XecoConfigMixin:
 def code_files() -> dict[str, Path]:
     """The files that a checkpoint carries, by the name that they have there; none where this is such a file itself."""
     here = Path(__file__).parent
-    operation = here.parent / "ops" / "latent_attention.py"
+    operation = here.parent / "ops" / "torch_attention.py"
     if not operation.is_file():
         return {}
     return {CODE_FILES[0]: here / CODE_FILES[0], CODE_FILES[1]: here / CODE_FILES[1], CODE_FILES[2]: operation}

@@ -21,9 +21,9 @@ from torch.nn import functional
 from .configuration_xeco import MlaLayer, family_config_class
 
 try:
-    from xeco_convert.ops.latent_attention import latent_attention, latent_attention_reference
+    from xeco_convert.ops.torch_attention import absorbed_attention, reference_attention
 except ImportError:  # remote code on a machine without the package: the file written beside the weights
-    from .xeco_latent_attention import latent_attention, latent_attention_reference  # type: ignore[no-redef]
+    from .xeco_latent_attention import absorbed_attention, reference_attention  # type: ignore[no-redef]
 
 
 class LatentSelfAttention(nn.Module):
@@ -178,11 +178,11 @@ class LatentSelfAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         weights = None
         if wants_weights:
-            out, weights = latent_attention_reference(
+            out, weights = reference_attention(
                 q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=dropout
             )
         else:
-            out = latent_attention(
+            out = absorbed_attention(
                 q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=dropout
             )
         values = torch.einsum("bqhr,hvr->bqhv", out, w_uv)

@@ -1,4 +1,4 @@
-"""latent_attention against its reference and against the formula in float64; masks, awkward sizes, wrong shapes."""
+"""absorbed_attention against its reference and against the formula in float64; masks, awkward sizes, wrong shapes."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xeco_convert.ops.latent_attention import causal_mask, latent_attention, latent_attention_reference
+from xeco_convert.ops.torch_attention import causal_mask, absorbed_attention, reference_attention
 
 RANK, ROPE, SCALE = 24, 8, 0.31
 SIZES = [(1, 1), (1, 7), (1, 129), (7, 7), (5, 129), (129, 129), (2, 3)]
@@ -72,8 +72,8 @@ def test_both_implementations_follow_the_formula(queries: int, tokens: int, kind
     given, added = masks(queries, tokens)[kind]
     tensors = inputs(queries, tokens)
     expected = by_hand(*tensors, added)
-    fused = latent_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
-    plain, weights = latent_attention_reference(*tensors, softmax_scale=SCALE, attention_mask=given)
+    fused = absorbed_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
+    plain, weights = reference_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
     assert weights.shape == (2, 3, queries, tokens)
     for found in (fused, plain):
         assert found.shape == expected.shape
@@ -84,8 +84,8 @@ def test_both_implementations_follow_the_formula(queries: int, tokens: int, kind
 def test_in_float64_both_agree_to_the_last_digits(queries: int, tokens: int) -> None:
     tensors = inputs(queries, tokens, dtype=torch.float64)
     expected = by_hand(*tensors, masks(queries, tokens)["none"][1])
-    torch.testing.assert_close(latent_attention(*tensors, softmax_scale=SCALE), expected, rtol=1e-12, atol=1e-12)
-    found, _ = latent_attention_reference(*tensors, softmax_scale=SCALE)
+    torch.testing.assert_close(absorbed_attention(*tensors, softmax_scale=SCALE), expected, rtol=1e-12, atol=1e-12)
+    found, _ = reference_attention(*tensors, softmax_scale=SCALE)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -93,8 +93,8 @@ def test_in_float64_both_agree_to_the_last_digits(queries: int, tokens: int) -> 
 def test_in_bfloat16_the_fused_error_is_at_most_twice_the_plain_one(queries: int, tokens: int) -> None:
     tensors = inputs(queries, tokens, dtype=torch.bfloat16)
     expected = by_hand(*tensors, masks(queries, tokens)["none"][1])
-    fused = latent_attention(*tensors, softmax_scale=SCALE)
-    plain, _ = latent_attention_reference(*tensors, softmax_scale=SCALE)
+    fused = absorbed_attention(*tensors, softmax_scale=SCALE)
+    plain, _ = reference_attention(*tensors, softmax_scale=SCALE)
     assert fused.dtype == plain.dtype == torch.bfloat16
     errors = [(found.double() - expected).square().mean().sqrt() for found in (fused, plain)]
     assert errors[0] <= 2 * errors[1]
@@ -107,8 +107,8 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(queries: int, as_boolean:
     mask = torch.ones(2, 1, queries, 6, dtype=torch.bool)
     mask[1, :, 0] = False
     given = mask if as_boolean else additive(mask)
-    fused = latent_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
-    plain, weights = latent_attention_reference(*tensors, softmax_scale=SCALE, attention_mask=given)
+    fused = absorbed_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
+    plain, weights = reference_attention(*tensors, softmax_scale=SCALE, attention_mask=given)
     for found in (fused, plain):
         assert not found[1, 0].any()
         assert bool(found.isfinite().all()) and bool(found[0].any())
@@ -120,9 +120,9 @@ def test_hidden_tokens_have_no_influence(queries: int) -> None:
     q_latent, q_rope, c_kv, k_rope = inputs(queries, 9)
     mask = torch.ones(2, 1, queries, 9, dtype=torch.bool)
     mask[..., :4] = False
-    expected = latent_attention(q_latent, q_rope, c_kv, k_rope, softmax_scale=SCALE, attention_mask=mask)
+    expected = absorbed_attention(q_latent, q_rope, c_kv, k_rope, softmax_scale=SCALE, attention_mask=mask)
     c_kv[:, :4], k_rope[:, :4] = 1e4, -1e4
-    found = latent_attention(q_latent, q_rope, c_kv, k_rope, softmax_scale=SCALE, attention_mask=mask)
+    found = absorbed_attention(q_latent, q_rope, c_kv, k_rope, softmax_scale=SCALE, attention_mask=mask)
     torch.testing.assert_close(found, expected)
 
 
@@ -130,16 +130,16 @@ def test_hidden_tokens_have_no_influence(queries: int) -> None:
 def test_strided_views_give_what_their_copies_give(queries: int) -> None:
     q_latent, q_rope, c_kv, k_rope = inputs(queries, 7)
     wide = torch.cat([c_kv, k_rope], dim=-1).repeat(1, 2, 1)[:, ::2]
-    expected = latent_attention(
+    expected = absorbed_attention(
         q_latent, q_rope, wide[..., :RANK].clone(), wide[..., RANK:].clone(), softmax_scale=SCALE
     )
     views = (q_latent.transpose(1, 2).contiguous().transpose(1, 2), q_rope, wide[..., :RANK], wide[..., RANK:])
-    torch.testing.assert_close(latent_attention(*views, softmax_scale=SCALE), expected)
+    torch.testing.assert_close(absorbed_attention(*views, softmax_scale=SCALE), expected)
 
 
 def test_gradients_are_those_of_the_reference() -> None:
     gradients = []
-    for implementation in (latent_attention, lambda *a, **k: latent_attention_reference(*a, **k)[0]):
+    for implementation in (absorbed_attention, lambda *a, **k: reference_attention(*a, **k)[0]):
         tensors = [tensor.requires_grad_() for tensor in inputs(4, 9, dtype=torch.float64)]
         implementation(*tensors, softmax_scale=SCALE).square().sum().backward()
         gradients.append([tensor.grad for tensor in tensors])
@@ -150,8 +150,8 @@ def test_gradients_are_those_of_the_reference() -> None:
 def test_dropout_scales_what_is_kept() -> None:
     tensors = inputs(40, 40)
     torch.manual_seed(0)
-    _, weights = latent_attention_reference(*tensors, softmax_scale=SCALE, dropout=0.25)
-    _, full = latent_attention_reference(*tensors, softmax_scale=SCALE)
+    _, weights = reference_attention(*tensors, softmax_scale=SCALE, dropout=0.25)
+    _, full = reference_attention(*tensors, softmax_scale=SCALE)
     kept = weights != 0
     torch.testing.assert_close(weights[kept], full[kept] / 0.75)
     assert 0.7 < float(kept.sum() / (full != 0).sum()) < 0.8
@@ -175,7 +175,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("which", WRONG)
-@pytest.mark.parametrize("implementation", [latent_attention, latent_attention_reference])
+@pytest.mark.parametrize("implementation", [absorbed_attention, reference_attention])
 def test_shapes_that_do_not_fit_are_refused(which: str, implementation: object) -> None:
     number, shape, sentence = WRONG[which]
     tensors = inputs(4, 9)
@@ -184,7 +184,7 @@ def test_shapes_that_do_not_fit_are_refused(which: str, implementation: object) 
         implementation(*tensors, softmax_scale=SCALE)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("implementation", [latent_attention, latent_attention_reference])
+@pytest.mark.parametrize("implementation", [absorbed_attention, reference_attention])
 def test_another_batch_is_refused(implementation: object) -> None:
     tensors = inputs(4, 9)
     tensors[2], tensors[3] = tensors[2][:1], tensors[3][:1]
