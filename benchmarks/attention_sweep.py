@@ -95,21 +95,28 @@ def _cells(point: dict[str, Any]) -> list[Any]:
 
 
 def plot(points: list[dict[str, Any]], file: Path) -> None:
-    """Ratio to the best absorbed form in plain torch over the cached length, a line for each rank (batch 1)."""
+    """Batch 1 over the cached length, a line for each rank. Above: GFLOP/s, with the roofline of each dtype (what memory
+    bandwidth and matrix product, both measured, allow) dashed. Below: the speed-up over the best plain torch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dtypes = ("bfloat16", "float32")
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, dtype in zip(axes, dtypes, strict=True):
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row")
+    for column, dtype in enumerate(("bfloat16", "float32")):
+        speed, ratio = axes[0][column], axes[1][column]
         for rank in RANKS:
             line = [p for p in points if p["dtype"] == dtype and p["rank"] == rank and p["batch"] == 1]
-            axis.plot([p["tokens"] for p in line], [p["absorbed"] for p in line], marker="o", label=f"R {rank}")
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{dtype}, batch 1", xlabel="cached tokens")
-    axes[0].set_ylabel("speed-up over the best plain torch")
-    axes[0].legend()
+            tokens = [p["tokens"] for p in line]
+            (drawn,) = speed.plot(tokens, [p["gflop_per_second"] for p in line], marker="o", label=f"R {rank}")
+            roof = [p["gflop_per_second"] / p["of_roofline"] for p in line]
+            speed.plot(tokens, roof, linestyle="--", linewidth=0.8, color=drawn.get_color())
+            ratio.plot(tokens, [p["absorbed"] for p in line], marker="o")
+        speed.set(xscale="log", title=f"{dtype}, batch 1, 32 heads")
+        ratio.axhline(1, color="grey", linewidth=0.8)
+        ratio.set(yscale="log", xlabel="cached tokens")
+    axes[0][0].set_ylabel("GFLOP/s (dashed: roofline)")
+    axes[1][0].set_ylabel("speed-up over the best plain torch")
+    axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(file)

@@ -73,7 +73,7 @@ def latent_attention(
     return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention(q_latent, q_rope, c_kv, k_rope, *rule))
 
 
-def latent_attention_reference(  # noqa: PLR0913  the schema's arguments, in its order
+def latent_attention_reference(
     q_latent: Tensor,
     q_rope: Tensor,
     c_kv: Tensor,
@@ -97,7 +97,7 @@ def latent_attention_reference(  # noqa: PLR0913  the schema's arguments, in its
     return out.contiguous(), lse_BHQ
 
 
-def latent_attention_backward_reference(  # noqa: PLR0913  the schema's arguments, in its order
+def latent_attention_backward_reference(
     d_out: Tensor,
     d_lse: Tensor | None,
     q_latent: Tensor,
@@ -191,7 +191,7 @@ def _weights(masked_scores_BHQT: Tensor, lse_BHQ: Tensor) -> Tensor:
     return (masked_scores_BHQT - lse_BHQ.unsqueeze(-1).masked_fill(nothing, 0.0)).exp()
 
 
-def _check(  # noqa: PLR0913  the schema's arguments, in its order
+def _check(
     op: str,
     q_latent: Tensor,
     q_rope: Tensor,

@@ -66,7 +66,7 @@ def latent_attention_decode(
     return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention_decode(q_latent, q_rope, c_kv, k_rope, *rule))
 
 
-def latent_attention_decode_reference(  # noqa: PLR0913  the schema's arguments, in its order
+def latent_attention_decode_reference(
     q_latent: Tensor,
     q_rope: Tensor,
     c_kv: Tensor,
@@ -98,7 +98,7 @@ def _lay_out(pages: Tensor, block_table: Tensor, lengths: Tensor | None) -> Tens
     return pages[table.clamp(0, pages.shape[0] - 1)].flatten(1, 2)
 
 
-def _check(  # noqa: PLR0913  the schema's arguments, in its order
+def _check(
     q_latent: Tensor,
     q_rope: Tensor,
     c_kv: Tensor,
