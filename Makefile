@@ -47,7 +47,7 @@ endif
 
 # In place, because the package is installed editable; ninja recompiles only what changed. Tried again where no compiler was
 # found. ninja's commands go to a file, which is shown where they fail.
-$(VENV)/.extension: $(VENV)/.installed setup.py $(CSRC)
+$(VENV)/.extension: $(VENV)/.installed setup.py xeco_convert/__init__.py $(CSRC)
 	@echo "compiling the extension, output in $(VENV)/extension.log"
 	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/extension.log 2>&1 || { cat $(VENV)/extension.log; exit 1; }
 	@grep '^xeco-convert:' $(VENV)/extension.log || true

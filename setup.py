@@ -73,7 +73,8 @@ def extension():
     return CppExtension(
         name="xeco_convert._C",
         sources=sources,
-        depends=headers,  # setuptools asks ninja only where one of these is newer than the module
+        # setuptools asks ninja only where one of these is newer than the module
+        depends=[*headers, "setup.py", "xeco_convert/__init__.py"],
         include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
         define_macros=macros,
         extra_compile_args={"cxx": flags + shlex.split(os.environ.get("XECO_CXXFLAGS", ""))},
