@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 say() { printf '\n== %s\n' "$*"; }
 
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+trap '/bin/rm -rf "$folder"' EXIT
 cd "$folder"
 
 say "a fresh environment, in $folder"
