@@ -1,19 +1,24 @@
 # Two commands do everything, each making its own environment where needed:
 #   make demo    convert the embedded model, print the report, generate from both models, show both caches
 #   make test    the tests
+# Each also compiles the extension where there is a C++ compiler (XECO_BUILD_EXT=0 leaves it out, =1 demands it).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Every pip call, build environments included, takes the pinned torch.
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Every pip call takes the pinned torch; build environments have a variable of their own since pip 25.3.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# torch looks for ninja on PATH, not beside its Python
+export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint extension sdist wheel sanitize clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed extension
 	$(BIN)/python -m xeco_convert.demo --output demo-output
 
-test: $(VENV)/.tested
+test: $(VENV)/.tested extension
 	$(BIN)/python -m pytest -n 2 -rs
 
 lint: $(VENV)/.linted
@@ -22,21 +27,56 @@ lint: $(VENV)/.linted
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+sdist: $(VENV)/.dist
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist .
+
+# dist/wheel/: a manylinux wheel for this Python, made from the sdist
+wheel: $(VENV)/.dist
+	scripts/build_wheel.sh
+
+sanitize: $(VENV)/.tested
+	scripts/sanitize.sh
+
+ifeq ($(XECO_BUILD_EXT),0)
+extension: $(VENV)/.installed
+	rm -f xeco_convert/_C.*.so $(VENV)/.extension
+else
+extension: $(VENV)/.extension
+endif
+
+# In place, because the package is installed editable; ninja recompiles only what changed. Tried again where no compiler was
+# found. ninja's commands go to a file, which is shown where they fail.
+$(VENV)/.extension: $(VENV)/.installed setup.py xeco_convert/__init__.py $(CSRC)
+	@echo "compiling the extension, output in $(VENV)/extension.log"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/extension.log 2>&1 || { cat $(VENV)/extension.log; exit 1; }
+	@grep '^xeco-convert:' $(VENV)/extension.log || true
+	@if ls xeco_convert/_C.*.so > /dev/null 2>&1; then touch $@; fi
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xeco-convert needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --editable .
+# What the package is built with comes first, so that building takes the torch that runs, not a second one.
+$(VENV)/.build-tools: $(VENV)/bin/python constraints.txt
+	$(BIN)/pip install --quiet 'setuptools>=77' ninja torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools pyproject.toml setup.py
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[test]'
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
 $(VENV)/.linted: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/.dist: $(VENV)/.installed
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[dist]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info
+	rm -rf $(VENV) build build-* dist demo-output *.egg-info xeco_convert/_C.*.so

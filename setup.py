@@ -54,7 +54,9 @@ def extension():
     import torch
     from torch.utils.cpp_extension import CppExtension
 
-    sources = sorted(str(file.relative_to(HERE)) for file in HERE.glob("csrc/**/*.cpp"))
+    sources, headers = (
+        sorted(str(file.relative_to(HERE)) for file in HERE.glob(f"csrc/**/*{suffix}")) for suffix in (".cpp", ".h")
+    )
     version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
@@ -71,6 +73,8 @@ def extension():
     return CppExtension(
         name="xeco_convert._C",
         sources=sources,
+        # setuptools asks ninja only where one of these is newer than the module
+        depends=[*headers, "setup.py", "xeco_convert/__init__.py"],
         include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
         define_macros=macros,
         extra_compile_args={"cxx": flags + shlex.split(os.environ.get("XECO_CXXFLAGS", ""))},
