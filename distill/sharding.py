@@ -1,0 +1,28 @@
+"""FSDP2 of a whole model: every decoder layer a unit of its own, then the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def layer_classes(model: Any) -> list[str]:
+    """Names of the decoder layer classes, by which accelerate finds the units to shard."""
+    return sorted({type(layer).__name__ for layer in model.get_decoder().layers})
+
+
+def shard(model: Any, *, dtype: torch.dtype | None = None, root: Any | None = None) -> None:
+    """Shard `model` in place over all processes with torch's fully_shard: each layer, then the model (or its part `root`).
+
+    `dtype`: compute in it; parameters keep their own. Parameters are DTensors afterwards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy)
