@@ -82,9 +82,10 @@ def training_arguments(
             "fsdp": "full_shard auto_wrap",
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": fsdp_layers},
         }
-    _check_names(kind, options.trainer)
+    settings = {name: value for name, value in options.trainer.items() if "." not in name}  # dpo.NAME is not for kl
+    _check_names(kind, settings)
     try:
-        return kind(**{**chosen, **options.trainer})
+        return kind(**{**chosen, **settings})
     except (TypeError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OptionError(f"--trainer: transformers refuses these settings ({reason}); change them.") from None

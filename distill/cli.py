@@ -91,8 +91,11 @@ def distill_command(
     _show_plan(folder, options, dry_run=dry_run, quiet=quiet)
     if dry_run:
         return
+    from transformers.utils import logging
+
     from xeco_distill.pipeline import heal
 
+    logging.disable_progress_bar()  # transformers' own bars would run into this command's
     with progress(quiet) as report:
         found = heal(folder, options, report=report)
     if not is_main_process():

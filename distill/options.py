@@ -187,7 +187,7 @@ class DistillOptions:
             )
 
     def _check_trainer(self) -> None:
-        for name in self.trainer:
+        for name in (name.removeprefix("dpo.") for name in self.trainer):
             if name in OWN_ARGUMENTS:
                 raise OptionError(f"--trainer {name}: this is set by the run; use {OWN_ARGUMENTS[name]}.")
 

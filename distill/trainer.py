@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from xeco_distill.data import PackedRows
 from xeco_distill.errors import HealingError
@@ -62,8 +62,9 @@ class DistillationTrainer(Trainer):
     ) -> None:
         model.forward = types.MethodType(run_inside, model)
         super().__init__(
-            model=model, args=args, train_dataset=rows, eval_dataset=held_out, callbacks=[*callbacks, _MarkWhole()]
+            model=model, args=args, train_dataset=rows, eval_dataset=held_out, callbacks=[*callbacks, MarkWhole()]
         )
+        self.remove_callback(PrinterCallback)  # the command has a progress bar of its own
         self._teacher = teacher
         self._terms = tuple(terms)
         self._measure = measure
@@ -165,7 +166,7 @@ class DistillationTrainer(Trainer):
             ) from None
 
 
-class _MarkWhole(TrainerCallback):
+class MarkWhole(TrainerCallback):
     """Marks a checkpoint once everything is in it and on the disk."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_named: Any) -> None:

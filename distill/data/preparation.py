@@ -24,10 +24,24 @@ from xeco_distill.work import RunFolder
 def prepare_rows(
     plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report
 ) -> tuple[PackedRows, PackedRows]:
-    """Rows to train on and rows to measure on, from disk where an earlier part of the run left them.
+    """Rows to train on and rows to measure on.
 
     The rows are shuffled with the run's seed before they are divided. Raises `DataError` where there is too little text.
     """
+    rows = all_rows(plan, work, place, teacher, report)
+    held_out = min(plan.held_out_rows(), max(1, len(rows) // 4))
+    if len(rows) < 2:
+        raise DataError(
+            f"--data: {plan.options.data}: only {len(rows)} rows of {plan.seq_length} tokens, expected at least 2 (one to "
+            "train on, one to measure on); give more text, or a smaller --seq-length."
+        )
+    return rows.part(slice(0, len(rows) - held_out)), rows.part(slice(len(rows) - held_out, None))
+
+
+def all_rows(
+    plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report
+) -> PackedRows:
+    """The rows, undivided, from disk where an earlier part of the run left them."""
     folder = work.path("rows")
     rows = PackedRows.load(folder)
     if rows is None:
@@ -38,13 +52,7 @@ def prepare_rows(
         place.barrier()
         rows = PackedRows.load(folder)
         assert rows is not None
-    held_out = min(plan.held_out_rows(), max(1, len(rows) // 4))
-    if len(rows) < 2:
-        raise DataError(
-            f"--data: {plan.options.data}: only {len(rows)} rows of {plan.seq_length} tokens, expected at least 2 (one to "
-            "train on, one to measure on); give more text, or a smaller --seq-length."
-        )
-    return rows.part(slice(0, len(rows) - held_out)), rows.part(slice(len(rows) - held_out, None))
+    return rows
 
 
 def _read(plan: HealingPlan, folder: Path, world: int, report: Report) -> None:

@@ -62,6 +62,12 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         """Some of the rows."""
         return PackedRows(input_ids=self.input_ids[rows], position_ids=self.position_ids[rows], mask=self.mask[rows])
 
+    def in_memory(self) -> PackedRows:
+        """A copy that needs no files."""
+        return PackedRows(
+            input_ids=np.array(self.input_ids), position_ids=np.array(self.position_ids), mask=np.array(self.mask)
+        )
+
     def documents(self, num_tokens: int) -> list[list[int]]:
         """The documents of the first rows, about `num_tokens` tokens of them, padding left out."""
         found: list[list[int]] = []
