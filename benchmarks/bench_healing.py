@@ -50,7 +50,16 @@ def curves(options: argparse.Namespace) -> int:
             student = bench.student(init, share)
             run = train_and_measure(bench, student, rows, options.marks, settings)
             found.append({"kv": share, "init": init, **run})
-            write_json(options.json, {"kind": "curves", "checkpoint": options.checkpoint, "machine": machine, "settings": vars(settings), "runs": found})
+            write_json(
+                options.json,
+                {
+                    "kind": "curves",
+                    "checkpoint": options.checkpoint,
+                    "machine": machine,
+                    "settings": vars(settings),
+                    "runs": found,
+                },
+            )
             print(_row(found[-1]), flush=True)
     print(describe(machine))
     tokens = [f"{point['tokens']:,}" for point in found[0]["points"]]
@@ -112,7 +121,16 @@ def ablation(options: argparse.Namespace) -> int:
         settings, rows, stage = variants[name]
         run = train_and_measure(bench, student, rows, [tokens], settings, stage)
         found.append({"variant": name, "kv": options.kv[0], **run})
-        write_json(options.json, {"kind": "ablation", "checkpoint": options.checkpoint, "machine": machine, "settings": vars(base), "runs": found})
+        write_json(
+            options.json,
+            {
+                "kind": "ablation",
+                "checkpoint": options.checkpoint,
+                "machine": machine,
+                "settings": vars(base),
+                "runs": found,
+            },
+        )
         print(name, [round(point["perplexity"], 3) for point in run["points"]], flush=True)
     print(describe(machine))
     columns = ("variant", "before KL stage", "perplexity", "gap (nats)", "KL (nats)", "top-1", "seconds")
@@ -167,7 +185,9 @@ def throughput(options: argparse.Namespace) -> int:
             began = time.process_time()
             prediction = bench.teacher.predict(batch["input_ids"], batch["position_ids"])
             if kind == "chunked":
-                value = distillation_loss(student, **batch, teacher=prediction, terms=loss_terms(DistillOptions()))["loss"]
+                value = distillation_loss(student, **batch, teacher=prediction, terms=loss_terms(DistillOptions()))[
+                    "loss"
+                ]
             else:
                 value = _full_logits_loss(student, batch, prediction)
             value.backward()
@@ -177,7 +197,10 @@ def throughput(options: argparse.Namespace) -> int:
     speed = {kind: tokens / statistics.median(values) for kind, values in times.items()}
     print(describe(machine))
     print({kind: round(value) for kind, value in speed.items()}, f"ratio {speed['chunked'] / speed['full']:.3f}")
-    write_json(options.json, {"kind": "throughput", "checkpoint": options.checkpoint, "machine": machine, "tokens_per_second": speed})
+    write_json(
+        options.json,
+        {"kind": "throughput", "checkpoint": options.checkpoint, "machine": machine, "tokens_per_second": speed},
+    )
     return 0
 
 

@@ -81,7 +81,9 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
     return {kind: statistics.median(values) for kind, values in times.items()} | {"all": times}
 
 
-def measure_loss(tokens: int, hidden: int, vocabulary: int, dtype: str, trained_head: bool, repeats: int) -> dict[str, Any]:
+def measure_loss(
+    tokens: int, hidden: int, vocabulary: int, dtype: str, trained_head: bool, repeats: int
+) -> dict[str, Any]:
     """Peak bytes and median CPU seconds of both, and their ratios."""
     base = {
         **{"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "dtype": dtype},
@@ -99,9 +101,7 @@ def measure_loss(tokens: int, hidden: int, vocabulary: int, dtype: str, trained_
 
 
 def _run(arguments: dict[str, Any]) -> Any:
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(arguments)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, __file__, json.dumps(arguments)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

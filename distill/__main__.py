@@ -1,5 +1,5 @@
 """`python -m xeco_distill`, as torchrun starts it."""
 
-from xeco_distill.cli import main
+from .cli import main
 
 main()

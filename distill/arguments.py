@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from xeco_convert.errors import OptionError
-from xeco_distill.options import DistillOptions
+
+from .options import DistillOptions
 
 _REFERENCE_RATE, _REFERENCE_HIDDEN, _HIGHEST_RATE = 8e-5, 2048, 2e-3
 _MEASUREMENTS = 10  # and as many checkpoints, in a run, where the user does not say

@@ -41,9 +41,7 @@ class StopRequests(TrainerCallback):
             raise KeyboardInterrupt
         self._requested = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_named: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_named: Any) -> None:
         if args.world_size > 1:  # one process that was told must stop all of them
             flag = torch.tensor(float(self._requested), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -68,9 +66,7 @@ class TimeLimit(TrainerCallback):
     def on_train_begin(self, *_arguments: Any, **_named: Any) -> None:
         self._began = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_named: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_named: Any) -> None:
         late = self._seconds is not None and self.spent >= self._seconds
         if args.world_size > 1 and self._seconds is not None:
             flag = torch.tensor(float(late), device=args.device)

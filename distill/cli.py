@@ -14,7 +14,8 @@ import click
 
 from xeco_convert.command import run_command
 from xeco_convert.errors import OptionError, OutputError
-from xeco_distill.options import DistillOptions, checked_mapping
+
+from .options import DistillOptions, checked_mapping
 
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 _EXTRAS = {"accelerate": "distill", "yaml": "distill"}
@@ -52,7 +53,9 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
 @click.argument("folder", metavar="OUT", required=False, type=click.Path(path_type=Path))
-@click.option("--config", metavar="FILE", help="YAML file with options, or a recipe's name; options given beside it win.")
+@click.option(
+    "--config", metavar="FILE", help="YAML file with options, or a recipe's name; options given beside it win."
+)
 @_with_options
 @click.option(
     "--trainer",
@@ -61,8 +64,16 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="NAME=VALUE",
     help="A setting of transformers' TrainingArguments, as gradient_checkpointing=true; may be repeated.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan, memory and time, and stop; with a recipe OUT may be left out.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the report here.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan, memory and time, and stop; with a recipe OUT may be left out."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the report here.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def distill_command(
     folder: Path | None,
@@ -75,7 +86,7 @@ def distill_command(
 ) -> None:
     """Heal the converted checkpoint OUT by distillation from its source. With nothing else given, everything else is
     chosen: the teacher is the source recorded in OUT, the text is sampled from it."""
-    from xeco_distill.recipes import load_config
+    from .recipes import load_config
 
     recipe = load_config(config) if config is not None else None
     options = merge_options({} if recipe is None else recipe.options, fields, settings)
@@ -93,7 +104,7 @@ def distill_command(
         return
     from transformers.utils import logging
 
-    from xeco_distill.pipeline import heal
+    from .pipeline import heal
 
     logging.disable_progress_bar()  # transformers' own bars would run into this command's
     with progress(quiet) as report:
@@ -152,13 +163,21 @@ def is_main_process() -> bool:
 def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: bool) -> None:
     if quiet or not is_main_process():
         return
-    from xeco_distill.pipeline import work_place
-    from xeco_distill.result import recover
-    from xeco_distill.plan import (
-        Sizes, describe, describe_estimate, estimate, make_healing_plan, measured_flops, refuse_foreign_folder,
-    )
     import os
+
     import torch
+
+    from .pipeline import work_place
+    from .plan import (
+        Sizes,
+        describe,
+        describe_estimate,
+        estimate,
+        make_healing_plan,
+        measured_flops,
+        refuse_foreign_folder,
+    )
+    from .result import recover
 
     recover(folder.absolute(), work_place(folder.absolute(), options) / "result")
     refuse_foreign_folder(folder)
@@ -182,7 +201,14 @@ def progress(quiet: bool) -> Iterator[Callable[[str, float, dict[str, float]], N
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
@@ -222,11 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command, name = distill_command, "xeco-distill"
     if given and given[0] == "eval":
-        from xeco_distill.evaluation.command import eval_command
+        from .evaluation.command import eval_command
 
         command, name, given = eval_command, "xeco-distill eval", given[1:]
     elif given and given[0] == "recipes":
-        from xeco_distill.recipes import recipes_command
+        from .recipes import recipes_command
 
         command, name, given = recipes_command, "xeco-distill recipes", given[1:]
-    run_command(command, given, name, interrupted="interrupted; OUT is as it was, and the same command continues the run.")
+    run_command(
+        command, given, name, interrupted="interrupted; OUT is as it was, and the same command continues the run."
+    )

@@ -80,7 +80,8 @@ class DistillOptions:
     train: str = _option(
         "What the kl stage trains: attention (the MLA layers), norms (and all norms), or all.", "all", choices=TRAINED
     )
-    loss: str = _option("Loss of the kl stage; the direction is that of KL(teacher ‖ student) for forward-kl.",
+    loss: str = _option(
+        "Loss of the kl stage; the direction is that of KL(teacher ‖ student) for forward-kl.",
         "forward-kl",
         choices=LOSSES,
     )
@@ -110,7 +111,9 @@ class DistillOptions:
         "Stop after this many measurements without a better held-out KL, and keep the best.", metavar="N"
     )
     device: str | None = _option("cpu, or cuda. [cuda where there is one]", choices=("cpu", "cuda"))
-    sharding: str = _option("On several devices: fsdp2 (student and teacher sharded) or ddp.", "fsdp2", choices=SHARDINGS)
+    sharding: str = _option(
+        "On several devices: fsdp2 (student and teacher sharded) or ddp.", "fsdp2", choices=SHARDINGS
+    )
     seed: int = _option("Seed of sampling, order and regression.", 0, metavar="N")
     output: str | None = _option("Write the healed model here instead of into OUT.", metavar="DIR")
     overwrite: bool = _option("Replace --output if it exists.", False)

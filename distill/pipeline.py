@@ -15,19 +15,20 @@ import torch
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError
-from xeco_distill.callbacks import Report
-from xeco_distill.data import PackedRows
-from xeco_distill.data.preparation import prepare_rows
-from xeco_distill.errors import HealingError
-from xeco_distill.evaluation.quality import measure_quality
-from xeco_distill.options import DistillOptions
-from xeco_distill.plan import HealingPlan, make_healing_plan, refuse_foreign_folder
-from xeco_distill.result import check_place, put_in_place, record, recover, save_overlay, write_checkpoint
-from xeco_distill.sharding import shard
-from xeco_distill.stages.distillation import DistillationStage, Place, fidelity_dict
-from xeco_distill.stages.layerwise import LayerwiseStage, same_outside_attention
-from xeco_distill.teacher import Teacher, check_head, load_model
-from xeco_distill.work import RunFolder, fingerprint
+
+from .callbacks import Report
+from .data import PackedRows
+from .data.preparation import prepare_rows
+from .errors import HealingError
+from .evaluation.quality import measure_quality
+from .options import DistillOptions
+from .plan import HealingPlan, make_healing_plan, refuse_foreign_folder
+from .result import check_place, put_in_place, record, recover, save_overlay, write_checkpoint
+from .sharding import shard
+from .stages.distillation import DistillationStage, Place, fidelity_dict
+from .stages.layerwise import LayerwiseStage, same_outside_attention
+from .teacher import Teacher, check_head, load_model
+from .work import RunFolder, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ class _Run:
         return stage.run(result)
 
     def _prefer(self, start: Path, result: Path) -> dict[str, Any]:
-        from xeco_distill.stages.preference import prefer
+        from .stages.preference import prefer
 
         self._teacher = None  # its memory is wanted
         return prefer(start, result, self._plan, self._work, self._place, self._report)
@@ -249,5 +250,3 @@ def _forget(work: RunFolder, stage: str, start: Path) -> None:
 
 def _without_history(facts: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != "history"}
-
-

@@ -1,4 +1,4 @@
-"""What a healing run will do, from configurations and headers alone: stages, sizes, time. Everything refusable is refused here."""
+"""What a healing run will do, from configurations and headers alone: stages, sizes, time. What can be refused is, here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.inspection import inspect_checkpoint
-from xeco_distill.arguments import accumulation, batch_rows, learning_rate
-from xeco_distill.options import DistillOptions
-from xeco_distill.teacher import TeacherPlace, check_vocabulary, find_teacher
+
+from .arguments import accumulation, batch_rows, learning_rate
+from .options import DistillOptions
+from .teacher import TeacherPlace, check_vocabulary, find_teacher
 
 _DEFAULT_LENGTH = 1024
-_ACTIVATIONS_PER_LAYER = 34  # hidden-sized tensors kept per token for backward (Korthikanti et al., arXiv 2205.05198, eq. 1)
+_ACTIVATIONS_PER_LAYER = (
+    34  # hidden-sized tensors kept per token for backward (Korthikanti et al., arXiv 2205.05198, eq. 1)
+)
 _EFFICIENCY = 0.4  # of a plain matrix product: attention, elementwise work, reading of weights
 
 

@@ -15,7 +15,8 @@ from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorRea
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError, OutputError
-from xeco_distill.card import healing_section, replace_section
+
+from .card import healing_section, replace_section
 
 REPORT_FILE = "xeco_report.json"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -88,9 +89,13 @@ def check_place(out: Path, output: Path | None, *, overwrite: bool, keep: bool) 
     """Refuse what would lose something, before any work. Raises `OptionError`."""
     if output is not None and output.absolute() != out.absolute():
         if output.is_symlink() or output.is_file():
-            raise OptionError(f"--output: {output}: expected a folder or nothing, found a file or link; choose another.")
+            raise OptionError(
+                f"--output: {output}: expected a folder or nothing, found a file or link; choose another."
+            )
         if output.is_dir() and any(output.iterdir()) and not overwrite:
-            raise OptionError(f"--output: {output} exists already; add --overwrite to replace it, or choose another folder.")
+            raise OptionError(
+                f"--output: {output} exists already; add --overwrite to replace it, or choose another folder."
+            )
         return
     if keep and kept_place(out).exists():
         raise OptionError(
@@ -102,7 +107,8 @@ def check_place(out: Path, output: Path | None, *, overwrite: bool, keep: bool) 
 def put_in_place(result: Path, out: Path, output: Path | None, *, keep: bool) -> Path:
     """Rename the whole `result` to its place. At every moment OUT, or its copy, is whole."""
     target = out if output is None else output
-    aside = kept_place(out) if target == out else target.with_name(f".{target.name}.replaced")
+    kept = keep and target == out
+    aside = kept_place(out) if kept else _replaced_place(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -117,16 +123,24 @@ def put_in_place(result: Path, out: Path, output: Path | None, *, keep: bool) ->
         raise OutputError(
             f"{target}: cannot be written ({error.strerror}); the healed model is in {result}, nothing was lost."
         ) from None
-    if aside.exists() and not (keep and target == out):
+    if not kept:
         shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
 def recover(out: Path, result: Path) -> None:
     """Finish, or take back, a replacement that a kill stopped between its two renames."""
-    aside = kept_place(out)
-    if not out.exists() and aside.is_dir():
-        (result if result.is_dir() else aside).rename(out)
+    unfinished = (result.parent / "run.json").is_file()
+    for aside in (_replaced_place(out), kept_place(out)):
+        if unfinished and not out.exists() and aside.is_dir():
+            (result if result.is_dir() else aside).rename(out)
+    if out.exists():
+        shutil.rmtree(_replaced_place(out), ignore_errors=True)
+
+
+def _replaced_place(target: Path) -> Path:
+    """Where something goes that is deleted as soon as its successor stands."""
+    return target.with_name(f".{target.name}.replaced")
 
 
 def save_overlay(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -140,4 +154,3 @@ def save_overlay(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> 
     model.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-

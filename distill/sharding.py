@@ -25,4 +25,5 @@ def shard(model: Any, *, dtype: torch.dtype | None = None, root: Any | None = No
     policy = MixedPrecisionPolicy(param_dtype=dtype)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy)
+    # True for the root as well: what it holds (embedding, head) is large, and must be sharded between two calls
+    fully_shard(model if root is None else root, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

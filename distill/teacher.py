@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from xeco_convert.calibration.text import load_tokenizer
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
-from xeco_distill.errors import TeacherError
-from xeco_distill.losses import Prediction, TopKPrediction, VocabularyHead
+
+from .errors import TeacherError
+from .losses import Prediction, TopKPrediction, VocabularyHead
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -98,9 +99,10 @@ def _same_file(first: Path, second: Path) -> bool:
 
 def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
     """A causal language model of transformers from a folder, on the CPU. Raises `CheckpointError` in one sentence."""
-    import xeco_convert  # noqa: F401  registers the converted families
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    import xeco_convert  # noqa: F401  registers the converted families
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

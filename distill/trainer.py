@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from xeco_distill.data import PackedRows
-from xeco_distill.errors import HealingError
-from xeco_distill.losses import Prediction, Term, TopKPrediction, chunked_loss
-from xeco_distill.teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
+from .data import PackedRows
+from .errors import HealingError
+from .losses import Prediction, Term, TopKPrediction, chunked_loss
+from .teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is never loaded
 
@@ -110,7 +110,9 @@ class DistillationTrainer(Trainer):
         )
         tokens = inputs["mask"].sum()
         count = tokens if num_items_in_batch is None else num_items_in_batch
-        loss = outputs["loss"] / torch.as_tensor(count, device=tokens.device).clamp_min(1) * self.accelerator.num_processes
+        loss = (
+            outputs["loss"] / torch.as_tensor(count, device=tokens.device).clamp_min(1) * self.accelerator.num_processes
+        )
         if not math.isfinite(loss.item()):
             raise HealingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped and "
@@ -142,7 +144,7 @@ class DistillationTrainer(Trainer):
         """Held-out perplexity, KL and top-1 agreement, instead of Trainer's loss."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.model).items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError, OutputError
-from xeco_distill.options import DistillOptions
+
+from .options import DistillOptions
 
 # Options that change nothing of what a run computes.
 _WITHOUT_INFLUENCE = ("output", "overwrite", "keep_original", "work_dir", "restart", "sample_cache", "device")
@@ -45,7 +46,9 @@ class RunFolder:
                 return False
             found = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
         except (OSError, ValueError) as error:
-            raise OutputError(f"{self.folder}: cannot be used for the run ({error}); choose another --work-dir.") from None
+            raise OutputError(
+                f"{self.folder}: cannot be used for the run ({error}); choose another --work-dir."
+            ) from None
         if found != fingerprint:
             raise OptionError(
                 f"{self.folder}: holds an unfinished run with other options, data or weights; repeat its options to continue "

@@ -12,7 +12,8 @@ from typing import Any
 
 from xeco_convert.calibration.text import read_records
 from xeco_convert.errors import CheckpointError
-from xeco_distill.errors import DataError
+
+from ..errors import DataError
 
 FIELDS = "text, messages, or prompt and completion"
 

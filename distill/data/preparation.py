@@ -10,15 +10,16 @@ import numpy as np
 import torch
 
 from xeco_convert.calibration.text import load_tokenizer
-from xeco_distill.callbacks import Report
-from xeco_distill.data.documents import read_documents
-from xeco_distill.data.rows import PackedRows, RowWriter
-from xeco_distill.data.samples import SHARD_ROWS, SampleStore
-from xeco_distill.errors import DataError
-from xeco_distill.plan import HealingPlan
-from xeco_distill.stages.distillation import Place
-from xeco_distill.teacher import Teacher
-from xeco_distill.work import RunFolder
+
+from ..callbacks import Report
+from ..data.documents import read_documents
+from ..data.rows import PackedRows, RowWriter
+from ..data.samples import SHARD_ROWS, SampleStore
+from ..errors import DataError
+from ..plan import HealingPlan
+from ..stages.distillation import Place
+from ..teacher import Teacher
+from ..work import RunFolder
 
 
 def prepare_rows(
@@ -89,9 +90,7 @@ def _shuffle(rows: PackedRows, folder: Path, most: int, seed: int, padding: int)
     writer.finish()
 
 
-def _sample(
-    plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report
-) -> None:
+def _sample(plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report) -> None:
     """Shards of the teacher's text, each process its own, then the rows from them."""
     wanted = plan.sampled_rows(place.world) + plan.held_out_rows()
     cache = plan.options.sample_cache

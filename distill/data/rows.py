@@ -5,6 +5,7 @@ Letters: R rows, L tokens of a row.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from xeco_distill.data.documents import Document
-from xeco_distill.data.packing import pack
+from ..data.documents import Document
+from ..data.packing import pack
 
 _FILES = {"input_ids": np.int32, "position_ids": np.int32, "mask": np.bool_}
 _BLOCK_ROWS = 4096  # rows whose documents are packed together: bounds memory, and packing gains little beyond it
@@ -77,7 +78,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
                 break
             ids, positions = self.input_ids[number], self.position_ids[number]
             starts = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 if self.mask[number, start:end].any():
                     found.append(ids[start:end].tolist())
                     taken += end - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.inspection import inspect_checkpoint
-from xeco_distill.card import evaluation_section
-from xeco_distill.data import PackedRows
-from xeco_distill.options import DistillOptions
-from xeco_distill.plan import HealingPlan, make_healing_plan, refuse_foreign_folder
-from xeco_distill.result import record_evaluation
-from xeco_distill.teacher import Teacher, check_head, load_model
 
+from ..card import evaluation_section
+from ..data import PackedRows
+from ..options import DistillOptions
+from ..plan import HealingPlan, make_healing_plan, refuse_foreign_folder
+from ..result import record_evaluation
+from ..teacher import Teacher, check_head, load_model
 
 _OTHER_SEED = 1_000_003  # sampled text must not be what a healing run with the same seed was trained on
 
@@ -34,18 +34,22 @@ _OTHER_SEED = 1_000_003  # sampled text must not be what a healing run with the 
 @click.option("--contexts", metavar="LIST", help="needle: context lengths. [powers of two from 256 to the longest]")
 @click.option("--needles", default=4, show_default=True, metavar="N", help="needle: trials at each of five depths.")
 @click.option("--tasks", metavar="LIST", help="Also these lm-eval tasks, as arc_easy,hellaswag (extra [eval]).")
-@click.option("--include-tasks", type=click.Path(path_type=Path), metavar="DIR", help="Folder with further lm-eval tasks.")
+@click.option(
+    "--include-tasks", type=click.Path(path_type=Path), metavar="DIR", help="Folder with further lm-eval tasks."
+)
 @click.option("--limit", type=int, metavar="N", help="Examples of each lm-eval task. [all]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), help="[cuda where there is one]")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of samples and needles.")
 @click.option("--card/--no-card", default=True, help="Put the results into OUT's report and model card. [yes]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write them here.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write them here."
+)
 def eval_command(folder: Path, card: bool, json_file: Path | None, **settings: Any) -> None:
     """Measure a converted model: perplexity, KL from the teacher, top-1 agreement and KV size; on request retrieval and
     lm-eval tasks."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
-    found = evaluate_checkpoint(folder, **settings)
+    found = evaluate_checkpoint(folder, EvalOptions(**settings))
     text = evaluation_section(found)
     click.echo(text)
     if json_file is not None:
@@ -54,63 +58,79 @@ def eval_command(folder: Path, card: bool, json_file: Path | None, **settings: A
         record_evaluation(folder, found, text)
 
 
-def evaluate_checkpoint(
-    folder: str | Path,
-    *,
-    teacher: str | None = None,
-    teacher_revision: str | None = None,
-    data: str | None = None,
-    tokens: int = 32768,
-    seq_length: int | None = None,
-    needle: bool = False,
-    contexts: str | None = None,
-    needles: int = 4,
-    tasks: str | None = None,
-    include_tasks: Path | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What the command measures, as JSON types. Raises the errors of healing."""
-    from xeco_distill.evaluation.quality import measure_quality
-    from xeco_distill.pipeline import open_place
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to measure, and on what; see the command's help."""
 
+    teacher: str | None = None
+    teacher_revision: str | None = None
+    data: str | None = None
+    tokens: int = 32768
+    seq_length: int | None = None
+    needle: bool = False
+    contexts: str | None = None
+    needles: int = 4
+    tasks: str | None = None
+    include_tasks: Path | None = None
+    limit: int | None = None
+    device: str | None = None
+    seed: int = 0
+
+
+def evaluate_checkpoint(folder: str | Path, options: EvalOptions | None = None) -> dict[str, Any]:
+    """What the command measures, as JSON types. Raises the errors of healing."""
+    from ..pipeline import open_place
+    from .quality import measure_quality
+
+    asked = options if options is not None else EvalOptions()
     folder = Path(folder).absolute()
     refuse_foreign_folder(folder)
-    options = DistillOptions(
-        teacher=teacher, teacher_revision=teacher_revision, data=data, seq_length=seq_length, device=device,
-        seed=seed + _OTHER_SEED,
-        held_out_tokens=tokens, stages="kl", budget_tokens=1, batch_size=1,
-    )  # fmt: skip
-    plan = make_healing_plan(folder, options)
-    lengths = parse_contexts(contexts, plan) if needle or contexts else ()
-    place = open_place(options)
-    dtype: torch.dtype | str = "auto" if place.device.type == "cuda" else torch.float32
-    loaded = load_model(plan.teacher.folder, dtype).to(place.device).eval()
-    check_head(loaded, f"teacher {plan.teacher.name}")
-    model = Teacher(loaded, plan.student.config["vocab_size"])
-    student = load_model(folder, dtype).to(place.device).eval()
-    check_head(student, "student")
-    rows = _rows(plan, model)
+    run = DistillOptions(
+        teacher=asked.teacher,
+        teacher_revision=asked.teacher_revision,
+        data=asked.data,
+        seq_length=asked.seq_length,
+        device=asked.device,
+        seed=asked.seed + _OTHER_SEED,
+        held_out_tokens=asked.tokens,
+        stages="kl",
+        budget_tokens=1,
+        batch_size=1,
+    )
+    plan = make_healing_plan(folder, run)
+    lengths = parse_contexts(asked.contexts, plan) if asked.needle or asked.contexts else ()
+    device = open_place(run).device
+    teacher = Teacher(_ready(plan.teacher.folder, device, "teacher"), plan.student.config["vocab_size"])
+    student = _ready(folder, device, "student")
+    rows = _rows(plan, teacher)
     sizes = inspect_checkpoint(folder)
-    quality = measure_quality(model, student, rows)
+    quality = measure_quality(teacher, student, rows)
     found: dict[str, Any] = {
         "quality": {**asdict(quality), "gap": quality.gap},
         "teacher": plan.teacher.name,
-        "data": "text sampled from the teacher" if data is None else data,
+        "data": "text sampled from the teacher" if asked.data is None else asked.data,
         "kv_bytes_before": sizes["kv_bytes_before"],
         "kv_bytes_after": sizes["kv_bytes_after"],
     }
     if lengths:
-        found["needle"] = _needle(plan, rows, lengths, needles, {"teacher": model.model, "student": student}, seed)
-    if tasks is not None:
-        from xeco_distill.evaluation.harness import run_tasks
+        models = {"teacher": teacher.model, "student": student}
+        found["needle"] = _needle(plan, rows, lengths, asked.needles, models, asked.seed)
+    if asked.tasks is not None:
+        from .harness import run_tasks
 
-        names = [task.strip() for task in tasks.split(",") if task.strip()]
+        names = [task.strip() for task in asked.tasks.split(",") if task.strip()]
         found["tasks"], found["lm_eval"] = run_tasks(
-            folder, names, include=include_tasks, limit=limit, batch_size=4, device=str(place.device)
+            folder, names, include=asked.include_tasks, limit=asked.limit, batch_size=4, device=str(device)
         )
     return found
+
+
+def _ready(folder: Path, device: torch.device, what: str) -> Any:
+    """A model for measuring: as stored on a GPU, in float32 on a CPU."""
+    dtype: torch.dtype | str = "auto" if device.type == "cuda" else torch.float32
+    model = load_model(folder, dtype).to(device).eval()
+    check_head(model, f"{what} {folder}")
+    return model
 
 
 def parse_contexts(text: str | None, plan: HealingPlan) -> tuple[int, ...]:
@@ -131,9 +151,9 @@ def _rows(plan: HealingPlan, teacher: Teacher) -> PackedRows:
     """The rows to measure on, made as for healing, in a folder that goes again."""
     import tempfile
 
-    from xeco_distill.data.preparation import all_rows
-    from xeco_distill.stages.distillation import Place
-    from xeco_distill.work import RunFolder
+    from ..data.preparation import all_rows
+    from ..stages.distillation import Place
+    from ..work import RunFolder
 
     place = Place(device=next(teacher.model.parameters()).device, world=1, rank=0)
     with tempfile.TemporaryDirectory(prefix="xeco-distill-") as folder:
@@ -145,7 +165,8 @@ def _needle(
     plan: HealingPlan, rows: PackedRows, lengths: tuple[int, ...], count: int, models: dict[str, Any], seed: int
 ) -> list[dict[str, Any]]:
     from xeco_convert.calibration.text import load_tokenizer
-    from xeco_distill.evaluation.needle import retrieval, trials
+
+    from ..evaluation.needle import retrieval, trials
 
     tokenizer = load_tokenizer(plan.student.folder)
     text = [token for document in rows.documents(10**9) for token in document[1:]]

@@ -25,8 +25,13 @@ def run_tasks(
 
     import xeco_convert  # noqa: F401  registers the converted families
 
-    manager = TaskManager(include_path=None if include is None else str(include))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    manager, unknown = None, tasks
+    if include is not None:  # alone first: reading the thousands of tasks that come with lm-eval takes half a minute
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        unknown = _unknown(manager, tasks)
+    if manager is None or unknown:
+        manager = TaskManager(include_path=None if include is None else str(include))
+        unknown = _unknown(manager, tasks)
     if unknown:
         raise OptionError(
             f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-tasks adds a folder."
@@ -40,6 +45,10 @@ def run_tasks(
         for task, values in found["results"].items()
     }
     return metrics, importlib.metadata.version("lm_eval")
+
+
+def _unknown(manager: Any, tasks: list[str]) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
 
 
 def _is_metric(key: str, value: Any) -> bool:

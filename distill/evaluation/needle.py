@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from xeco_convert.errors import OptionError
-from xeco_distill.errors import DataError
-from xeco_distill.teacher import hidden_states, vocabulary_head
+
+from ..errors import DataError
+from ..teacher import hidden_states, vocabulary_head
 
 _NAMES = ("Lily", "Tom", "Sara", "Ben", "Anna", "Max")
 _SAYS = "The secret number of {name} is"
@@ -59,7 +60,7 @@ def make_trial(tokenizer: Any, haystack: Sequence[int], context: int, depth: flo
             f"--contexts: expected at least {context - room} tokens (the needle and its question), found {context}; choose "
             "longer contexts."
         )
-    before = int(round(room * depth))
+    before = round(room * depth)
     ids = [*bos, *haystack[:before], *needle, *haystack[before:room], *question, *answer]
     return Trial(ids=torch.tensor(ids), num_answer=len(answer))
 
@@ -67,13 +68,16 @@ def make_trial(tokenizer: Any, haystack: Sequence[int], context: int, depth: flo
 def trials(tokenizer: Any, haystack: Sequence[int], context: int, per_depth: int, seed: int) -> list[Trial]:
     """Needles at all depths. Raises `DataError` where the haystack is too short."""
     if len(haystack) < context:
-        raise DataError(f"needle: expected {context} tokens of text to hide it in, found {len(haystack)}; give more --data.")
+        raise DataError(
+            f"needle: expected {context} tokens of text to hide it in, found {len(haystack)}; give more --data."
+        )
     found = []
     for number in range(per_depth):
         start = (number * context) % max(1, len(haystack) - context + 1)
         part = haystack[start : start + context]
         found += [
-            make_trial(tokenizer, part, context, depth, seed + 1000 * number + place) for place, depth in enumerate(DEPTHS)
+            make_trial(tokenizer, part, context, depth, seed + 1000 * number + place)
+            for place, depth in enumerate(DEPTHS)
         ]
     return found
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from xeco_convert.evaluate import Fidelity
-from xeco_distill.data import PackedRows
-from xeco_distill.errors import HealingError
-from xeco_distill.losses import Prediction
-from xeco_distill.teacher import Teacher, hidden_states, vocabulary_head
+
+from ..data import PackedRows
+from ..errors import HealingError
+from ..losses import Prediction
+from ..teacher import Teacher, hidden_states, vocabulary_head
 
 _LOGITS_PER_CHUNK = 2**24
 _ROWS_PER_BATCH = 4

@@ -1,12 +1,12 @@
 """The losses of distillation: one file for each, (student, teacher, mask) -> summed loss; the trainer divides once."""
 
-from xeco_distill.losses.chunked import LossSums, Term, chunked_loss
-from xeco_distill.losses.cross_entropy import CrossEntropy, cross_entropy
-from xeco_distill.losses.forward_kl import ForwardKL, forward_kl
-from xeco_distill.losses.forward_kl_top_k import ForwardKLTopK, forward_kl_top_k
-from xeco_distill.losses.jsd import JSD, jsd
-from xeco_distill.losses.prediction import Prediction, TopKPrediction, VocabularyHead
-from xeco_distill.losses.reverse_kl import ReverseKL, reverse_kl
+from ..losses.chunked import LossSums, Term, chunked_loss
+from ..losses.cross_entropy import CrossEntropy, cross_entropy
+from ..losses.forward_kl import ForwardKL, forward_kl
+from ..losses.forward_kl_top_k import ForwardKLTopK, forward_kl_top_k
+from ..losses.jsd import JSD, jsd
+from ..losses.prediction import Prediction, TopKPrediction, VocabularyHead
+from ..losses.reverse_kl import ReverseKL, reverse_kl
 
 __all__ = [
     "JSD",

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xeco_distill.losses.prediction import Prediction, TopKPrediction, VocabularyHead
+from ..losses.prediction import Prediction, TopKPrediction, VocabularyHead
 
 # Logits of one chunk, in numbers: 128 tokens of a vocabulary of 128k on a CPU (64 MiB in float32), 1024 on a GPU, whose
 # matrix units want taller matrices.
@@ -293,15 +293,13 @@ class _Pass:
             if same:
                 into.addmm_(left, right)
             else:
-                into += left @ right
+                into.add_(left @ right)
 
     def _teacher_logits(self, part: slice) -> Tensor | None:
         teacher = self._work.teacher
         return None if teacher is None else teacher.head.logits(teacher.hidden[part])
 
-    def _chunk(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, part: slice, temperature: float
-    ) -> Chunk:
+    def _chunk(self, student_logits: Tensor, teacher_logits: Tensor | None, part: slice, temperature: float) -> Chunk:
         work = self._work
         kept, targets = work.top_k, work.targets
         top_k = None

@@ -1,8 +1,8 @@
 """KL(teacher ‖ student) from the teacher's K most likely tokens alone, kept from an earlier pass.
 
 The other tokens count as one: the loss is the KL between distributions over K + 1 outcomes. It is never above the whole
-forward KL, equals it at K = V − 1 (and K = V), and is 0 only where the K probabilities agree. Renormalising the K tokens instead, as is often done,
-would pull the student towards giving the others no chance at all.
+forward KL, equals it at K = V − 1 (and K = V), and is 0 only where the K probabilities agree. Renormalising the K tokens
+instead, as is often done, would pull the student towards giving the others no chance at all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_distill.losses.chunked import Chunk, Slab, Term, chunked_loss
-from xeco_distill.losses.prediction import Prediction, TopKPrediction
+from ..losses.chunked import Chunk, Slab, Term, chunked_loss
+from ..losses.prediction import Prediction, TopKPrediction
 
 
 @dataclass(frozen=True, kw_only=True)

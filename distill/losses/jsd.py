@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_distill.losses.chunked import Chunk, Slab, Term, chunked_loss
-from xeco_distill.losses.prediction import Prediction
+from ..losses.chunked import Chunk, Slab, Term, chunked_loss
+from ..losses.prediction import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,7 @@ class JSD:
         """Σ p_student a over the whole vocabulary, kept on the chunk for its other slabs."""
         kept: dict[JSD, Tensor] = slab.chunk.__dict__.setdefault("_jsd_mean_pull", {})
         if self not in kept:
-            parts = [
-                (one.student_p * (one.student_logp - self._middle(one))).sum(dim=1) for one in slab.chunk.slabs()
-            ]
+            parts = [(one.student_p * (one.student_logp - self._middle(one))).sum(dim=1) for one in slab.chunk.slabs()]
             kept[self] = (1 - self.beta) * torch.stack(parts).sum(dim=0) * self.temperature**2
         return kept[self]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_distill.losses.chunked import Chunk, Slab, Term, chunked_loss
-from xeco_distill.losses.prediction import Prediction
+from ..losses.chunked import Chunk, Slab, Term, chunked_loss
+from ..losses.prediction import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)

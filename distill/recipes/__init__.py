@@ -15,7 +15,8 @@ import click
 
 from xeco_convert.errors import OptionError
 from xeco_convert.options import ConvertOptions
-from xeco_distill.options import DistillOptions, checked_mapping
+
+from ..options import DistillOptions, checked_mapping
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"about", "source", "convert", "shape", "healing"}
@@ -47,13 +48,14 @@ class Recipe:
         """Commands, memory and time, from the shape alone."""
         import torch
 
-        from xeco_distill.plan import describe_estimate, estimate, measured_flops
+        from ..plan import describe_estimate, estimate, measured_flops
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         length = options.seq_length or 1024
         found = estimate(self.sizes(), options, length, world=1, flops=measured_flops(device))
         flags = " ".join(
-            f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in (self.convert or {}).items()
+            f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for key, value in (self.convert or {}).items()
         )
         return [
             f"{self.name}: {self.about}",
@@ -66,13 +68,13 @@ class Recipe:
 
     def sizes(self) -> Any:
         """Numbers stored in student and teacher."""
-        from xeco_distill.plan import Sizes
+        from ..plan import Sizes
 
         if self.shape is None or self.convert is None:
             raise OptionError(f"{self.name}: a dry run without OUT needs `shape` and `convert` in the recipe.")
         s = dict(self.shape)
         hidden, heads, dim, layers = s["hidden_size"], s["num_attention_heads"], s["head_dim"], s["num_hidden_layers"]
-        rank, rope, q_rank = (self.convert.get(key) for key in ("rank", "rope_dim", "q_rank"))
+        rank, rope, q_rank = int(self.convert["rank"]), int(self.convert["rope_dim"]), self.convert.get("q_rank")
         nope = dim - rope if self.convert.get("init") == "paper" else dim
         width = heads * (nope + rope)
         queries = hidden * width if q_rank is None else q_rank * (hidden + width)

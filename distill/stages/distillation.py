@@ -17,18 +17,19 @@ from torch.nn import functional
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from xeco_convert.errors import OptionError
-from xeco_distill.arguments import accumulation, batch_rows, learning_rate, training_arguments
-from xeco_distill.callbacks import ProgressReports, Report, StopRequests, TimeLimit
-from xeco_distill.data import PackedRows
-from xeco_distill.errors import InterruptedRunError
-from xeco_distill.evaluation.quality import measure_quality
-from xeco_distill.losses import JSD, CrossEntropy, ForwardKL, ForwardKLTopK, ReverseKL, Term
-from xeco_distill.options import DistillOptions
-from xeco_distill.sharding import layer_classes
-from xeco_distill.stages.layerwise import balance_model
-from xeco_distill.teacher import KeptTeacher, Teacher, check_head
-from xeco_distill.trainer import COMPLETE, DistillationTrainer, distillation_loss, last_checkpoint
-from xeco_distill.work import RunFolder
+
+from ..arguments import accumulation, batch_rows, learning_rate, training_arguments
+from ..callbacks import ProgressReports, Report, StopRequests, TimeLimit
+from ..data import PackedRows
+from ..errors import InterruptedRunError
+from ..evaluation.quality import measure_quality
+from ..losses import JSD, CrossEntropy, ForwardKL, ForwardKLTopK, ReverseKL, Term
+from ..options import DistillOptions
+from ..sharding import layer_classes
+from ..stages.layerwise import balance_model
+from ..teacher import KeptTeacher, Teacher, check_head
+from ..trainer import COMPLETE, DistillationTrainer, distillation_loss, last_checkpoint
+from ..work import RunFolder
 
 _PROBED_STEPS = 3
 
@@ -71,15 +72,13 @@ def loss_terms(options: DistillOptions) -> tuple[Term, ...]:
 
 def choose_trained(model: Any, train: str) -> int:
     """Mark what is trained: attention (of converted layers), norms (and all norms), or all. Returns how many numbers."""
-    converted = {
-        number for number in range(model.config.num_hidden_layers) if model.config.layer(number) is not None
-    }
+    converted = {number for number in range(model.config.num_hidden_layers) if model.config.layer(number) is not None}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         in_attention = "self_attn" in parts and int(parts[parts.index("layers") + 1]) in converted
         is_norm = "norm" in parts[-2]
         parameter.requires_grad_(train == "all" or in_attention or (train == "norms" and is_norm))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trained == 0:
         raise OptionError("--train: this model has no converted layer to train; use --train all.")
     return trained
@@ -261,5 +260,3 @@ def remove_cut_off(folder: Path, place: Place) -> None:
 def fidelity_dict(found: Any) -> dict[str, Any]:
     """JSON types, the gap in nats with them."""
     return {**dataclasses.asdict(found), "gap": found.gap}
-
-

@@ -29,8 +29,9 @@ from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
 from xeco_convert.refine import LayerRefinement, RefineOptions, balance_scales
-from xeco_distill.data import PackedRows
-from xeco_distill.options import DistillOptions
+
+from ..data import PackedRows
+from ..options import DistillOptions
 
 _FIELDS = {
     **{"q_proj.weight": "q_weight", "q_a_proj.weight": "q_a_weight", "q_b_proj.weight": "q_b_weight"},

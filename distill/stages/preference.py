@@ -12,21 +12,30 @@ from transformers import PrinterCallback, TrainerCallback
 
 from xeco_convert.calibration.text import load_tokenizer, read_records
 from xeco_convert.errors import CheckpointError, OptionError
-from xeco_distill.arguments import accumulation, batch_rows, training_arguments
-from xeco_distill.callbacks import ProgressReports, Report, StopRequests
-from xeco_distill.errors import DataError, HealingError, InterruptedRunError
-from xeco_distill.options import DistillOptions
-from xeco_distill.plan import HealingPlan
-from xeco_distill.sharding import layer_classes
-from xeco_distill.stages.distillation import Place, choose_trained, remove_cut_off
-from xeco_distill.teacher import load_model
-from xeco_distill.trainer import MarkWhole, last_checkpoint
-from xeco_distill.work import RunFolder
+
+from ..arguments import accumulation, batch_rows, training_arguments
+from ..callbacks import ProgressReports, Report, StopRequests
+from ..errors import DataError, HealingError, InterruptedRunError
+from ..options import DistillOptions
+from ..plan import HealingPlan
+from ..sharding import layer_classes
+from ..stages.distillation import Place, choose_trained, remove_cut_off
+from ..teacher import load_model
+from ..trainer import MarkWhole, last_checkpoint
+from ..work import RunFolder
 
 _FIELDS = ("prompt", "chosen", "rejected")
 _HELD_OUT_SHARE = 0.05
 # Settings of --trainer that are the kl stage's alone; for dpo they are given as dpo.NAME.
-_OF_KL = ("learning_rate", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "eval_steps", "save_steps", "logging_steps")
+_OF_KL = (
+    "learning_rate",
+    "warmup_steps",
+    "warmup_ratio",
+    "lr_scheduler_type",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+)
 
 
 def prefer(
@@ -154,11 +163,11 @@ def _trl() -> Any:
 class _StopAtNan(TrainerCallback):
     """Ends the run where the loss is no number, before such weights are saved as the result."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_named: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_named: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(float(loss)):
             found = last_checkpoint(Path(str(args.output_dir)))
             kept = "nothing was saved before it." if found is None else f"the last good state is kept in {found}."
-            raise HealingError(f"dpo: the loss is {loss} at step {state.global_step}; {kept} Lower --dpo-learning-rate.")
+            raise HealingError(
+                f"dpo: the loss is {loss} at step {state.global_step}; {kept} Lower --dpo-learning-rate."
+            )

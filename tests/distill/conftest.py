@@ -12,6 +12,7 @@ import xeco_convert
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.demo.language import generate_text
 
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in a folder of its own, as a source."""

@@ -19,9 +19,7 @@ Files = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
-def healed(
-    converted_demo: Path, tmp_path_factory: pytest.TempPathFactory, text: Path
-) -> tuple[Path, HealingReport]:
+def healed(converted_demo: Path, tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, HealingReport]:
     output = tmp_path_factory.mktemp("healed") / "new"
     options = quick(
         output=str(output),
@@ -88,7 +86,9 @@ def test_in_place_the_weights_before_are_kept(out: Path, files: Files) -> None:
 
 def test_only_attention_changes_where_only_attention_is_trained(out: Path) -> None:
     heal(out, quick(train="attention", balance=False, budget_tokens=256))
-    before, after = (load_model(place, torch.float32).state_dict() for place in (out.with_name("out.before-healing"), out))
+    before, after = (
+        load_model(place, torch.float32).state_dict() for place in (out.with_name("out.before-healing"), out)
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".self_attn." in name for name in changed)
 
@@ -107,7 +107,7 @@ def test_without_the_original_nothing_is_kept(out: Path) -> None:
         {"loss": "cross-entropy"},
         {"top_k": 16},
     ],
-    ids=lambda fields: "-".join(fields),
+    ids="-".join,
 )
 def test_every_loss_heals(out: Path, text: Path, fields: dict[str, object]) -> None:
     report = heal(out, quick(data=str(text), **fields))

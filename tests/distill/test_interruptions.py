@@ -24,7 +24,19 @@ from xeco_distill.trainer import COMPLETE, DistillationTrainer
 
 Files = Callable[[Path], dict[str, bytes]]
 COMMAND = Path(sys.executable).parent / "xeco-distill"
-RUN = ("--stages", "kl", "--seq-length", "64", "--batch-size", "2", "--device", "cpu", "--quiet", "--held-out-tokens", "256")
+RUN = (
+    "--stages",
+    "kl",
+    "--seq-length",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+    "--quiet",
+    "--held-out-tokens",
+    "256",
+)
 LONG = (*RUN, "--budget-tokens", "7680", "--trainer", "save_steps=7", "--trainer", "eval_steps=1000")  # 60 steps
 
 
@@ -68,7 +80,7 @@ def test_ctrl_c_saves_then_ends_and_the_same_command_goes_on(
     before, work = files(out), out.with_name("out.healing")
     options = (*RUN, "--budget-tokens", "128000", "--data", str(text), "--trainer", "save_steps=500")
     process = start(out, *options)
-    wait_for(process, lambda: (work / "kl-steps.json").exists())
+    wait_for(process, (work / "kl-steps.json").exists)
     wait_for(process, _after(2.0))
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
@@ -140,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where_the_last_good_state_is(
 
 
 def test_weights_that_are_no_numbers_are_never_saved(out: Path, text: Path) -> None:
-    with pytest.raises(HealingError, match="at step|after step") as error:
+    with pytest.raises(HealingError, match=r"at step|after step") as error:
         heal(out, quick(data=str(text), learning_rate=1e38, trainer={"max_grad_norm": 0, "warmup_steps": 0}))
     assert "Lower --learning-rate" in str(error.value)
 
@@ -181,7 +193,9 @@ def test_a_kill_between_the_two_renames_is_finished_by_the_next_run(out: Path, f
     kept = out.with_name("out.before-healing")
     before = files(out)
     out.rename(kept)
-    heal(out, quick(data=str(text), keep_original=False))
+    out.with_name("out.healing").mkdir()
+    (out.with_name("out.healing") / "run.json").write_text('{"fingerprint": "of the run that was killed"}')
+    heal(out, quick(data=str(text), keep_original=False, restart=True))
     assert files(out) != before and not kept.exists()  # taken back, then healed
 
 

@@ -101,7 +101,10 @@ def test_parquet_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"content": "x", "id": 3}], r"expected records with text, messages, or prompt and completion, found content \(str\), id \(int\)"),
+        (
+            [{"content": "x", "id": 3}],
+            r"expected records with text, messages, or prompt and completion, found content \(str\), id \(int\)",
+        ),
         ([{}], "found no fields"),
         ([{"text": None}], r"found text \(NoneType\)"),
         ([{"messages": ["hello"]}], "do not go through the model's chat template"),
@@ -119,9 +122,9 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path, tokenizer: Any, recor
 def test_broken_lines_missing_files_and_unknown_sets_are_named(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "fine"}\nnot json\n', encoding="utf-8")
-    with pytest.raises(DataError, match="--data: .*bad.jsonl, line 2: expected a JSON object"):
+    with pytest.raises(DataError, match=r"--data: .*bad.jsonl, line 2: expected a JSON object"):
         read(str(file), tokenizer)
-    with pytest.raises(DataError, match="--data: .*gone.jsonl was not found"):
+    with pytest.raises(DataError, match=r"--data: .*gone.jsonl was not found"):
         read(str(tmp_path / "gone.jsonl"), tokenizer)
     with pytest.raises(DataError, match="--data: nobody/nothing could not be opened"):
         read("nobody/nothing", tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_packed_document_is_predicted_as_if_it_were_alone(converted_demo: Path
     packed = hidden_states(model, row["input_ids"][None], row["position_ids"][None])[0]
     starts = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), 64]
     for document in documents:
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, _end in itertools.pairwise(starts):
             if row["input_ids"][start : start + len(document.ids)].tolist() == document.ids:
                 alone = hidden_states(model, torch.tensor([document.ids]), None)[0]
                 torch.testing.assert_close(packed[start : start + len(document.ids)], alone, rtol=1e-4, atol=1e-4)

@@ -40,7 +40,8 @@ def predictions(softcap: float | None = None, scale: float = 1.0, bias: bool = F
     )
     student = Prediction(hidden=draw(1, TOKENS, HIDDEN, seed=2), head=head)
     teacher = Prediction(
-        hidden=draw(1, TOKENS, TEACHER_HIDDEN, seed=3), head=VocabularyHead(weight=draw(VOCABULARY, TEACHER_HIDDEN, seed=4))
+        hidden=draw(1, TOKENS, TEACHER_HIDDEN, seed=3),
+        head=VocabularyHead(weight=draw(VOCABULARY, TEACHER_HIDDEN, seed=4)),
     )
     return student, teacher
 
