@@ -147,9 +147,11 @@ class _Run:
             self._report("loading the teacher", 0.0, {})
             model = load_model(self._plan.teacher.folder, dtype)
             check_head(model, f"teacher {self._plan.teacher.name}")
-            model = model.to(self._place.device).eval().requires_grad_(False)
-            if self._place.world > 1 and self._options.sharding == "fsdp2" and self._place.device.type == "cuda":
-                shard(model, root=model.get_decoder())
+            model = model.eval().requires_grad_(False)
+            if self._place.shards(self._options):
+                shard(model, self._place.device, root=model.get_decoder())
+            else:
+                model.to(self._place.device)
             self._teacher = Teacher(model, self._plan.student.config["vocab_size"])
         return self._teacher
 

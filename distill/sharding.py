@@ -12,16 +12,16 @@ def layer_classes(model: Any) -> list[str]:
     return sorted({type(layer).__name__ for layer in model.get_decoder().layers})
 
 
-def shard(model: Any, *, dtype: torch.dtype | None = None, root: Any | None = None) -> None:
+def shard(model: Any, device: torch.device, *, dtype: torch.dtype | None = None, root: Any | None = None) -> None:
     """Shard `model` in place over all processes with torch's fully_shard: each layer, then the model (or its part `root`).
 
-    `dtype`: compute in it; parameters keep their own. Parameters are DTensors afterwards.
+    `model` may lie on the CPU: its parts move to `device` one by one, so that no device ever holds all of it. `dtype`:
+    compute in it; parameters keep their own. Parameters are DTensors afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -46,6 +46,10 @@ class Place:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def shards(self, options: DistillOptions) -> bool:
+        """Whether models are sharded over the processes. On CPUs accelerate knows no FSDP2, and copies are trained."""
+        return self.world > 1 and options.sharding == "fsdp2" and self.device.type == "cuda"
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -102,7 +106,7 @@ class DistillationStage:
         if options.balance:
             balance_model(student)
         choose_trained(student, options.train)
-        self._student = student.to(place.device)
+        self._student = student if place.shards(options) else student.to(place.device)
         self._teacher = teacher
         self._rows, self._held_out = rows, held_out
         self._work, self._options, self._place, self._report = work, options, place, report
@@ -143,14 +147,13 @@ class DistillationStage:
         self, teacher: Teacher | KeptTeacher | None, max_steps: int, callbacks: list[TrainerCallback]
     ) -> DistillationTrainer:
         options, place = self._options, self._place
-        sharded = place.world > 1 and options.sharding == "fsdp2" and place.device.type == "cuda"
         arguments = training_arguments(
             TrainingArguments,
             options,
             self._folder,
             max_steps=max_steps,
             rate=self._rate(),
-            fsdp_layers=layer_classes(self._student) if sharded else None,
+            fsdp_layers=layer_classes(self._student) if place.shards(options) else None,
             on_cuda=place.device.type == "cuda",
         )
         per_step = batch_rows(options) * place.world * accumulation(options) * self._rows.length

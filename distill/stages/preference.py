@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def prefer(
     )
     trainer.remove_callback(PrinterCallback)
     began = last_checkpoint(folder)
-    with stop.listening():
+    with stop.listening(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL calls transformers by names that are on their way out
         trainer.train(resume_from_checkpoint=None if began is None else str(began))
     if stop.stopped:
         raise InterruptedRunError(
@@ -131,18 +133,16 @@ def _arguments(
     settings = {key: value for key, value in options.trainer.items() if "." not in key and key not in _OF_KL}
     settings |= {key.removeprefix("dpo."): value for key, value in options.trainer.items() if key.startswith("dpo.")}
     on_cuda = place.device.type == "cuda"
-    sharded = place.world > 1 and options.sharding == "fsdp2" and on_cuda
     return training_arguments(
         kind,
         dataclasses.replace(options, trainer=settings, patience=None),
         folder,
         max_steps=max_steps,
         rate=options.dpo_learning_rate,
-        fsdp_layers=layer_classes(policy) if sharded else None,
+        fsdp_layers=layer_classes(policy) if place.shards(options) else None,
         on_cuda=on_cuda,
         beta=options.dpo_beta,
         max_length=length,
-        gradient_checkpointing=False,
     )
 
 

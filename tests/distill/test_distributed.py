@@ -31,11 +31,11 @@ def train(
     student = load_model(student_folder, torch.float32)
     teacher_model = load_model(teacher_folder, torch.float32).requires_grad_(False)
     if sharded:
-        shard(teacher_model, root=teacher_model.get_decoder())
-        shard(student)
+        shard(teacher_model, torch.device("cpu"), root=teacher_model.get_decoder())
+        shard(student, torch.device("cpu"))
     student.forward = types.MethodType(run_inside, student)
     teacher = Teacher(teacher_model, 277)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.005)
     rows = uneven_rows()
     mine = [rows[number] for number in range(rank, len(rows), world)]
     batch = {name: torch.stack([row[name] for row in mine]) for name in mine[0]}
