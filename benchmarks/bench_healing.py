@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +101,22 @@ def ablation(options: argparse.Namespace) -> int:
     sampled = bench.sampled(tokens)
     real = bench.text_rows(tokens, options.text)
     layers = DistillOptions(layer_tokens=options.layer_tokens, layer_steps=options.layer_steps)
-    import dataclasses
-
+    half, quarter = base.learning_rate / 2, base.learning_rate / 4
     variants: dict[str, tuple[Settings, Any, Any]] = {
-        "base: layers + KL, all, sampled": (base, sampled, layers),
+        "base: layers + KL, attention, sampled text": (base, sampled, layers),
         "no layer-wise stage": (base, sampled, None),
-        "attention only": (dataclasses.replace(base, train="attention"), sampled, layers),
-        "attention and norms": (dataclasses.replace(base, train="norms"), sampled, layers),
-        "cross entropy instead of KL": (dataclasses.replace(base, loss="cross-entropy"), sampled, layers),
-        "reverse KL": (dataclasses.replace(base, loss="reverse-kl"), sampled, layers),
+        "no layer-wise stage, scales not balanced": (replace(base, balance=False), sampled, None),
+        "layers see the source's states": (base, sampled, replace(layers, layer_inputs="source")),
+        "attention and norms": (replace(base, train="norms"), sampled, layers),
+        "everything": (replace(base, train="all"), sampled, layers),
+        "everything, half the rate": (replace(base, train="all", learning_rate=half), sampled, layers),
+        "everything, a quarter of the rate": (replace(base, train="all", learning_rate=quarter), sampled, layers),
+        "half the rate": (replace(base, learning_rate=half), sampled, layers),
+        "a quarter of the rate": (replace(base, learning_rate=quarter), sampled, layers),
+        "cross entropy instead of KL": (replace(base, loss="cross-entropy"), sampled, layers),
+        "reverse KL": (replace(base, loss="reverse-kl"), sampled, layers),
         "real text": (base, real, layers),
-        "real text, cross entropy": (dataclasses.replace(base, loss="cross-entropy"), real, layers),
-        "layers see the source's states": (base, sampled, dataclasses.replace(layers, layer_inputs="source")),
-        "scales not balanced": (dataclasses.replace(base, balance=False), sampled, None),
-        "half the learning rate": (dataclasses.replace(base, learning_rate=base.learning_rate / 2), sampled, layers),
+        "real text, cross entropy": (replace(base, loss="cross-entropy"), real, layers),
     }
     chosen = [name for name in variants if not options.only or any(part in name for part in options.only)]
     student, found = bench.student("calibrated", options.kv[0]), []
@@ -251,7 +254,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--repeats", type=int, default=9)
         command.add_argument("--init", nargs="+", choices=(*INITS, "refined"), default=list(INITS))
         command.add_argument("--marks", nargs="+", type=int, default=list(MARKS), help="tokens to measure after")
-        command.add_argument("--train", choices=("attention", "norms", "all"), default="all")
+        trained = "attention" if name == "ablation" else "all"
+        command.add_argument("--train", choices=("attention", "norms", "all"), default=trained)
         command.add_argument("--learning-rate", type=float)
         command.add_argument("--schedule", default="cosine")
         command.add_argument("--layer-tokens", type=int, default=65536)

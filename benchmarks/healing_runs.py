@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -275,7 +274,8 @@ def heal_layers(bench: Bench, student: Path, model: Any, options: DistillOptions
     from xeco_convert.checkpoint import CheckpointIndex
 
     rows = bench.sampled(options.layer_tokens)
-    folder = Path(tempfile.mkdtemp())
+    name = f"{student.name}-{options.layer_inputs}-{options.layer_tokens}-{options.layer_steps}"
+    folder = bench.work / f"layers-{name}"  # healed once for all variants
     stage = LayerwiseStage(
         CheckpointIndex.open(student),
         CheckpointIndex.open(bench.checkpoint.folder),
@@ -285,7 +285,6 @@ def heal_layers(bench: Bench, student: Path, model: Any, options: DistillOptions
     state = model.state_dict()
     for name, tensor in stage.tensors().items():
         state[name].copy_(tensor)
-    shutil.rmtree(folder)
 
 
 def _common_step(steps: Sequence[int]) -> int:

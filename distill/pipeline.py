@@ -155,6 +155,12 @@ class _Run:
             self._teacher = Teacher(model, self._plan.student.config["vocab_size"])
         return self._teacher
 
+    def _release_teacher(self) -> None:
+        """Its memory is wanted; it is loaded again when it is needed again."""
+        self._teacher = None
+        if self._place.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _measured(self, name: str, folder: Path, held_out: PackedRows) -> dict[str, Any]:
         """Quality of a checkpoint as it is stored, kept under a name."""
         found = self._work.read_json(name)
@@ -194,14 +200,15 @@ class _Run:
     def _distil(self, start: Path, result: Path, train: PackedRows, held_out: PackedRows) -> dict[str, Any]:
         student = load_model(start, torch.float32)
         stage = DistillationStage(
-            *(student, self._teacher_model(), train, held_out, self._work, self._options, self._place, self._report)
+            *(student, self._teacher_model, (train, held_out), self._work, self._options, self._place, self._report),
+            release_teacher=self._release_teacher,
         )
         return stage.run(result)
 
     def _prefer(self, start: Path, result: Path) -> dict[str, Any]:
         from .stages.preference import prefer
 
-        self._teacher = None  # its memory is wanted
+        self._release_teacher()
         return prefer(start, result, self._plan, self._work, self._place, self._report)
 
     def _finish(

@@ -14,8 +14,8 @@ from xeco_convert.evaluate import Fidelity
 
 from ..data import PackedRows
 from ..errors import HealingError
-from ..losses import Prediction
-from ..teacher import Teacher, hidden_states, vocabulary_head
+from ..losses import CrossEntropy, ForwardKLTopK, Prediction, Term, TopKPrediction, chunked_loss
+from ..teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
 
 _LOGITS_PER_CHUNK = 2**24
 _ROWS_PER_BATCH = 4
@@ -56,6 +56,40 @@ def measure_quality(
         torch.distributed.all_reduce(total)
         sums = total.double().cpu()
     return _fidelity(sums, len(rows))
+
+
+@torch.no_grad()
+def measure_kept(
+    teacher: KeptTeacher, student: Any, rows: PackedRows, call: Callable[..., Any] = call_directly
+) -> dict[str, float]:
+    """Held-out KL over the teacher's kept tokens (a lower bound of the whole), and the student's perplexity."""
+    world, rank = _world()
+    sums = torch.zeros(3, dtype=torch.float64)  # KL, NLL, tokens
+    training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(rows), world):
+            mine = start + rank < len(rows)
+            row = rows[start + rank if mine else 0]
+            batch = {name: value[None].to(next(student.parameters()).device) for name, value in row.items()}
+            batch["mask"] &= mine
+            sums += call(student, _kept_sums, teacher.predict_rows(batch["row"]), batch)
+    finally:
+        student.train(training)
+    if world > 1:
+        total = sums.to(next(student.parameters()).device, torch.float32)
+        torch.distributed.all_reduce(total)
+        sums = total.double().cpu()
+    kl, loss, count = sums.tolist()
+    return {"kl": kl / count, "perplexity": _exp(loss / count)}
+
+
+def _kept_sums(student: Any, teacher: TopKPrediction, batch: dict[str, Tensor]) -> Tensor:
+    hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
+    prediction = Prediction(hidden=hidden, head=vocabulary_head(student))
+    terms = (Term(name="kl", loss=ForwardKLTopK()), Term(name="ce", loss=CrossEntropy()))
+    found = chunked_loss(terms, prediction, teacher, batch["mask"], batch["targets"])
+    return torch.tensor([*(float(part) for part in found.parts.values()), float(found.num_tokens)], dtype=torch.float64)
 
 
 def student_sums(student: Any, teacher: Prediction, batch: dict[str, Tensor]) -> Tensor:

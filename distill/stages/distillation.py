@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..arguments import accumulation, batch_rows, learning_rate, training_argume
 from ..callbacks import ProgressReports, Report, StopRequests, TimeLimit
 from ..data import PackedRows
 from ..errors import InterruptedRunError
-from ..evaluation.quality import measure_quality
+from ..evaluation.quality import measure_kept, measure_quality
 from ..losses import JSD, CrossEntropy, ForwardKL, ForwardKLTopK, ReverseKL, Term
 from ..options import DistillOptions
 from ..sharding import layer_classes
@@ -94,35 +95,36 @@ class DistillationStage:
     def __init__(
         self,
         student: Any,
-        teacher: Teacher,
-        rows: PackedRows,
-        held_out: PackedRows,
+        teacher: Callable[[], Teacher],
+        rows: tuple[PackedRows, PackedRows],
         work: RunFolder,
         options: DistillOptions,
         place: Place,
         report: Report,
+        *,
+        release_teacher: Callable[[], None] = lambda: None,
     ) -> None:
+        """`rows`: to train on, and to measure on. `teacher` gives the teacher, loading it where it must; `release_teacher`: it is not needed for a while."""
         check_head(student, "student")
         if options.balance:
             balance_model(student)
         choose_trained(student, options.train)
         self._student = student if place.shards(options) else student.to(place.device)
-        self._teacher = teacher
-        self._rows, self._held_out = rows, held_out
+        self._teacher, self._release = teacher, release_teacher
+        self._rows, self._held_out = rows
         self._work, self._options, self._place, self._report = work, options, place, report
         self._folder = work.path("kl")
+        self._held_out_teacher: KeptTeacher | None = None
 
     def run(self, result: Path) -> dict[str, Any]:
         """Train, or go on training, and save the student to `result`. Raises `InterruptedRunError` where the user stops it,
         `HealingError` where the loss is no number or the disk is full."""
         options = self._options
         remove_cut_off(self._folder, self._place)
-        teacher: Teacher | KeptTeacher | None = self._teacher
-        if options.top_k is not None:
-            teacher = self._kept_predictions(options.top_k)
         max_steps = self._max_steps()
+        teacher = self._source_of_predictions()
         stop, limit = StopRequests(), self._time_limit()
-        trainer = self._trainer(teacher if options.loss != "cross-entropy" else None, max_steps, [stop, limit])
+        trainer = self._trainer(teacher, max_steps, [stop, limit])
         began = last_checkpoint(self._folder)
         with stop.listening():
             trainer.train(resume_from_checkpoint=None if began is None else str(began))
@@ -139,6 +141,15 @@ class DistillationStage:
         history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
         per_step = batch_rows(options) * self._place.world * accumulation(options) * self._rows.length
         return {"steps": step, "tokens": step * per_step, "learning_rate": self._rate(), "history": history}
+
+    def _source_of_predictions(self) -> Teacher | KeptTeacher | None:
+        """Who predicts in training. What is kept of the teacher takes its place in memory, for measuring as well."""
+        if self._options.top_k is not None:
+            self._held_out_teacher = self._kept_predictions("held-out", self._held_out, self._options.top_k)
+            kept = self._kept_predictions("train", self._rows, self._options.top_k)
+            self._release()
+            return kept
+        return None if self._options.loss == "cross-entropy" else self._teacher()
 
     def _rate(self) -> float:
         return learning_rate(self._options, self._student.config.hidden_size)
@@ -172,7 +183,9 @@ class DistillationStage:
         )
 
     def _measure(self, model: Any) -> dict[str, float]:
-        found = measure_quality(self._teacher, model, self._held_out, call=_inside)
+        if self._held_out_teacher is not None:
+            return measure_kept(self._held_out_teacher, model, self._held_out, call=_inside)
+        found = measure_quality(self._teacher(), model, self._held_out, call=_inside)
         return {"kl": found.kl, "perplexity": found.perplexity, "top1": found.top1}
 
     def _time_limit(self) -> TimeLimit:
@@ -205,39 +218,41 @@ class DistillationStage:
             for batch in range(accumulation(self._options)):
                 rows = [self._rows[(batch + number) % len(self._rows)] for number in range(batch_rows(self._options))]
                 inputs = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
-                prediction = self._teacher.predict(inputs["input_ids"], inputs["position_ids"])
+                prediction = self._teacher().predict(inputs["input_ids"], inputs["position_ids"])
                 del inputs["row"]
                 distillation_loss(self._student, **inputs, teacher=prediction, terms=terms)["loss"].backward()
             times.append(time.monotonic() - began)
         self._student.zero_grad(set_to_none=True)
         return sorted(times)[_PROBED_STEPS // 2]
 
-    def _kept_predictions(self, k: int) -> KeptTeacher:
-        """The teacher's top-k of all rows on disk, made once. The processes share the work."""
-        shape = (len(self._rows), self._rows.length, min(k, self._student.config.vocab_size))
-        files = {"ids": np.int32, "log_probabilities": np.float32}
-        if self._work.read_json("top-k.json") is None:
+    def _kept_predictions(self, what: str, rows: PackedRows, k: int) -> KeptTeacher:
+        """The teacher's top-k of these rows on disk, made once. The processes share the work."""
+        shape = (len(rows), rows.length, min(k, self._student.config.vocab_size))
+        kinds = {"ids": np.int32, "log_probabilities": np.float32}
+        files = {name: self._work.path(f"top-k-{what}-{name}.bin") for name in kinds}
+        if self._work.read_json(f"top-k-{what}.json") is None:
             if self._place.is_main:
-                for name, kind in files.items():
-                    np.memmap(self._work.path(f"top-k-{name}.bin"), kind, "w+", shape=shape).flush()
+                for name, kind in kinds.items():
+                    np.memmap(files[name], kind, "w+", shape=shape).flush()
             self._place.barrier()
-            arrays = {n: np.memmap(self._work.path(f"top-k-{n}.bin"), d, "r+", shape=shape) for n, d in files.items()}
-            for number in range(self._place.rank, shape[0], self._place.world):
-                ids, logp = self._top_k_of(self._rows[number], shape[2])
+            arrays = {name: np.memmap(files[name], kind, "r+", shape=shape) for name, kind in kinds.items()}
+            for start in range(0, shape[0], self._place.world):
+                # a sharded teacher needs every process in every forward
+                number = min(start + self._place.rank, shape[0] - 1)
+                ids, logp = self._top_k_of(rows[number], shape[2])
                 arrays["ids"][number], arrays["log_probabilities"][number] = ids.numpy(), logp.numpy()
-                if self._place.is_main:
-                    self._report("teacher's top-k", (number + 1) / shape[0], {})
+                self._report("teacher's top-k", min(1.0, (start + self._place.world) / shape[0]), {})
             for array in arrays.values():
                 array.flush()
             self._place.barrier()
             if self._place.is_main:
-                self._work.write_json("top-k.json", {"shape": shape})
-        read = {n: np.memmap(self._work.path(f"top-k-{n}.bin"), d, "r", shape=shape) for n, d in files.items()}
+                self._work.write_json(f"top-k-{what}.json", {"shape": shape})
+        read = {name: np.memmap(files[name], kind, "r", shape=shape) for name, kind in kinds.items()}
         return KeptTeacher(read["ids"], read["log_probabilities"])
 
     @torch.no_grad()
     def _top_k_of(self, row: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
-        prediction = self._teacher.predict(row["input_ids"][None], row["position_ids"][None])
+        prediction = self._teacher().predict(row["input_ids"][None], row["position_ids"][None])
         ids, log_probabilities = [], []
         for part in prediction.hidden[0].split(128):
             found = functional.log_softmax(prediction.head.logits(part).float(), dim=-1).topk(k)

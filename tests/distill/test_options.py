@@ -71,9 +71,7 @@ def test_a_plain_file_of_options_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_names_the_known() -> None:
-    with pytest.raises(
-        OptionError, match="name of a recipe, found neither; recipes: llama-3"
-    ):
+    with pytest.raises(OptionError, match="name of a recipe, found neither; recipes: llama-3"):
         load_config("llama-9")
 
 
