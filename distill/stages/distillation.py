@@ -104,7 +104,8 @@ class DistillationStage:
         *,
         release_teacher: Callable[[], None] = lambda: None,
     ) -> None:
-        """`rows`: to train on, and to measure on. `teacher` gives the teacher, loading it where it must; `release_teacher`: it is not needed for a while."""
+        """`rows`: to train on, and to measure on. `teacher` gives the teacher, loading it where it must;
+        `release_teacher`: it is not needed for a while."""
         check_head(student, "student")
         if options.balance:
             balance_model(student)
