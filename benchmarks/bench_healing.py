@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,10 @@ def curves(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     if options.design:
         settings = DESIGN_SETTINGS
-        options.kv, options.init = ["37.5%", "25%"], ["paper", "transmla", "calibrated"]
-    found: list[dict[str, Any]] = []
+        options.kv = options.kv or ["37.5%", "25%"]
+    options.kv = options.kv or ["50%", "25%", "12.5%"]
+    anew = [(share, init) for share in options.kv for init in options.init]
+    found = kept_runs(options.json, lambda run: (run["kv"], run["init"]) in anew)
     for share in options.kv:
         for init in options.init:
             student = bench.student(init, share)
@@ -146,7 +148,10 @@ def ablation(options: argparse.Namespace) -> int:
         "real text, cross entropy": (replace(base, loss="cross-entropy"), real, layers),
     }
     chosen = [name for name in variants if not options.only or name in options.only]
-    student, found = bench.student("calibrated", options.kv[0]), kept_runs(options.json, chosen)
+    student, found = (
+        bench.student("calibrated", options.kv[0]),
+        kept_runs(options.json, lambda run: run["variant"] in chosen),
+    )
     for name in chosen:
         settings, rows, stage = variants[name]
         run = train_and_measure(bench, student, rows, [tokens], settings, stage)
@@ -168,12 +173,12 @@ def ablation(options: argparse.Namespace) -> int:
     return 0
 
 
-def kept_runs(file: Path | None, anew: Sequence[str]) -> list[dict[str, Any]]:
-    """Variants that an earlier call measured, those left out that are measured anew: a table may be made in parts."""
+def kept_runs(file: Path | None, is_measured_anew: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """What an earlier call measured, without what is measured anew: a table may be made in parts."""
     if file is None or not file.is_file():
         return []
     runs: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
-    return [run for run in runs if run["variant"] not in anew]
+    return [run for run in runs if not is_measured_anew(run)]
 
 
 def _ablation_row(run: dict[str, Any]) -> list[Any]:
@@ -283,7 +288,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("curves", "ablation", "throughput"):
         command = commands.add_parser(name)
         command.add_argument("--checkpoint", choices=sorted(CHECKPOINTS), default="stories260k")
-        command.add_argument("--kv", nargs="+", default=["50%", "25%", "12.5%"] if name == "curves" else ["25%"])
+        command.add_argument("--kv", nargs="+", default=None if name == "curves" else ["25%"])
         command.add_argument("--rows", type=int, default=4, help="rows of a step")
         command.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "bench-healing")
         command.add_argument("--repeats", type=int, default=9)

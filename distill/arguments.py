@@ -13,13 +13,13 @@ from xeco_convert.errors import OptionError
 
 from .options import DistillOptions
 
-_REFERENCE_RATE, _REFERENCE_HIDDEN, _HIGHEST_RATE = 8e-5, 2048, 1e-3
+_REFERENCE_RATE, _REFERENCE_HIDDEN, _HIGHEST_RATE = 8e-5, 2048, 5e-4
 _MEASUREMENTS = 10  # and as many checkpoints, in a run, where the user does not say
 
 
 def learning_rate(options: DistillOptions, hidden_size: int) -> float:
     """The published 8e-5 of a hidden_size of 2048 (X-EcoMLA, section 4), in inverse proportion to the width (as Adam wants
-    it: Tensor Programs V, arXiv 2203.03466), at most 1e-3 (benchmarks: more spoils a good start before it heals)."""
+    it: Tensor Programs V, arXiv 2203.03466), at most 5e-4 (benchmarks: more spoils a good start before it heals)."""
     if options.learning_rate is not None:
         return options.learning_rate
     return min(_HIGHEST_RATE, _REFERENCE_RATE * _REFERENCE_HIDDEN / hidden_size)

@@ -93,7 +93,7 @@ class DistillOptions:
         metavar="K",
     )
     learning_rate: float | None = _option(
-        "Peak learning rate of the kl stage. [8e-5 · 2048 / hidden_size, at most 1e-3]", metavar="LR"
+        "Peak learning rate of the kl stage. [8e-5 · 2048 / hidden_size, at most 5e-4]", metavar="LR"
     )
     batch_size: int = _option("Rows of a step on each device.", 4, metavar="N")
     balance: bool = _option("Settle the free scales between MLA factors before training; changes no output.", True)

@@ -119,7 +119,7 @@ class _Run:
 
     def run(self, output: Path | None) -> HealingReport:
         """All of it."""
-        train, held_out = prepare_rows(self._plan, self._work, self._place, self._teacher_model, self._report)
+        train, held_out = prepare_rows(self._plan, self._work, self._place, self._sampled_teacher, self._report)
         before = self._measured("before.json", self._plan.student.folder, held_out)
         reached, done = self._plan.student.folder, {}
         steps: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
@@ -154,6 +154,13 @@ class _Run:
                 model.to(self._place.device)
             self._teacher = Teacher(model, self._plan.student.config["vocab_size"])
         return self._teacher
+
+    def _sampled_teacher(self) -> Teacher:
+        """The teacher for sampling: whole on this device, since processes that generate do not run in step."""
+        if not self._place.shards(self._options):
+            return self._teacher_model()
+        model = load_model(self._plan.teacher.folder, "auto").to(self._place.device).eval()
+        return Teacher(model, self._plan.student.config["vocab_size"])
 
     def _release_teacher(self) -> None:
         """Its memory is wanted; it is loaded again when it is needed again."""

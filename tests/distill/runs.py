@@ -13,6 +13,7 @@ QUICK: dict[str, Any] = {
     "budget_tokens": 2048,
     "held_out_tokens": 256,
     "stages": "kl",
+    "learning_rate": 1.3e-3,
     "device": "cpu",
 }
 

@@ -136,7 +136,7 @@ def test_kept_predictions_come_back_by_row() -> None:
 def test_the_default_learning_rate_follows_the_width() -> None:
     options = DistillOptions()
     assert learning_rate(options, 2048) == 8e-5 and learning_rate(options, 4096) == 4e-5
-    assert learning_rate(options, 64) == 1e-3 and learning_rate(DistillOptions(learning_rate=1e-4), 64) == 1e-4
+    assert learning_rate(options, 64) == 5e-4 and learning_rate(DistillOptions(learning_rate=1e-4), 64) == 1e-4
 
 
 def test_the_estimate_counts_what_it_says() -> None:
