@@ -15,9 +15,7 @@ from xeco_convert.errors import XecoError
 _INTERRUPTED = "interrupted; nothing was written."
 
 
-def run_command(
-    command: click.Command, arguments: list[str], name: str, *, interrupted: str = _INTERRUPTED
-) -> None:
+def run_command(command: click.Command, arguments: list[str], name: str, *, interrupted: str = _INTERRUPTED) -> None:
     """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2.
 
     `interrupted`: what to say after Ctrl-C.

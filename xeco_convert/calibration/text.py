@@ -67,9 +67,7 @@ def read_records(calibration: str, flag: str = "--calibration") -> Iterator[Mapp
     elif path.suffix == ".jsonl" and path.is_file():
         yield from _json_lines(path, flag)
     elif path.suffix in (".txt", ".jsonl", ".json", ".parquet") and not path.is_file():
-        raise CheckpointError(
-            f"{flag}: {calibration} was not found; give an existing file or a data set's name."
-        )
+        raise CheckpointError(f"{flag}: {calibration} was not found; give an existing file or a data set's name.")
     else:
         yield from _data_set(calibration, path, flag)
 
@@ -81,9 +79,7 @@ def _token_lists(path: Path, flag: str) -> Iterator[Mapping[str, Any]]:
     except json.JSONDecodeError:
         lists = None
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
-        raise CheckpointError(
-            f"{flag}: {path}: expected a JSON array of arrays of token ids, found something else."
-        )
+        raise CheckpointError(f"{flag}: {path}: expected a JSON array of arrays of token ids, found something else.")
     for item in lists:
         yield {"input_ids": item}
 
@@ -98,9 +94,7 @@ def _json_lines(path: Path, flag: str) -> Iterator[Mapping[str, Any]]:
             except json.JSONDecodeError:
                 record = None
             if not isinstance(record, dict):
-                raise CheckpointError(
-                    f"{flag}: {path}, line {number}: expected a JSON object, found something else."
-                )
+                raise CheckpointError(f"{flag}: {path}, line {number}: expected a JSON object, found something else.")
             yield record
 
 
