@@ -1,33 +1,260 @@
-"""The command `xeco-distill`. It only says what it will do, until the training stages are there."""
+"""The command `xeco-distill`: argv -> options -> call. The only place with prints and progress bars."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from xeco_convert.command import run_command
+from xeco_convert.errors import OptionError, OutputError
+
+from .options import DistillOptions, checked_mapping
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
+_EXTRAS = {"accelerate": "distill", "yaml": "distill"}
+_EPILOG = """\b
+Also:
+  xeco-distill eval OUT     perplexity, KL, retrieval at growing context, lm-eval tasks
+  xeco-distill recipes      the recipes that --config takes by name
+  torchrun --nproc-per-node N -m xeco_distill OUT ...     several devices (docs/healing.md)
+
+Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else. An interrupted
+run is continued by the same command."""
 
 
-@click.command()
-@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
-def distill_command(folder: Path) -> None:
-    """Show how the converted checkpoint OUT would be healed. Training itself is not part of this version."""
-    from xeco_convert.inspection import inspect_checkpoint
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One click option for each field of DistillOptions. Defaults stay with the fields: None means not given."""
+    for item in reversed(dataclasses.fields(DistillOptions)):
+        if item.name == "trainer":
+            continue
+        flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
+        if item.type == "bool":
+            if item.default:
+                flag = f"{flag}/--no-{item.name.replace('_', '-')}"
+            command = click.option(flag, default=None, is_flag=True, help=text)(command)
+            continue
+        choices = item.metadata["choices"]
+        shown = "" if item.default is None else f" [{item.default}]"
+        command = click.option(
+            flag,
+            type=click.Choice(choices) if choices else _TYPES[str(item.type).removesuffix(" | None")],
+            metavar=item.metadata["metavar"],
+            help=f"{text}{shown}",
+        )(command)
+    return command
 
-    found = inspect_checkpoint(folder)
-    converted = [layer for layer in found["layers"] if "kv_lora_rank" in layer]
-    share = found["kv_bytes_after"] / found["kv_bytes_before"]
-    click.echo(
-        f"student: {folder} ({found['model_type']}, {len(converted)} MLA layers, KV cache {share:.1%} of the source's)"
+
+@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
+@click.argument("folder", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--config", metavar="FILE", help="YAML file with options, or a recipe's name; options given beside it win."
+)
+@_with_options
+@click.option(
+    "--trainer",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of transformers' TrainingArguments, as gradient_checkpointing=true; may be repeated.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan, memory and time, and stop; with a recipe OUT may be left out."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the report here.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def distill_command(
+    folder: Path | None,
+    config: str | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    json_file: Path | None,
+    quiet: bool,
+    **fields: Any,
+) -> None:
+    """Heal the converted checkpoint OUT by distillation from its source. With nothing else given, everything else is
+    chosen: the teacher is the source recorded in OUT, the text is sampled from it."""
+    from .recipes import load_config
+
+    recipe = load_config(config) if config is not None else None
+    options = merge_options({} if recipe is None else recipe.options, fields, settings)
+    if folder is None:
+        if not dry_run or recipe is None or recipe.shape is None:
+            raise OptionError("OUT is missing: give the folder that xeco-convert wrote, as in `xeco-distill out/`.")
+        for line in recipe.dry_run(options):
+            click.echo(line)
+        return
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
+    require_extras()
+    _show_plan(folder, options, dry_run=dry_run, quiet=quiet)
+    if dry_run:
+        return
+    from transformers.utils import logging
+
+    from .pipeline import heal
+
+    logging.disable_progress_bar()  # transformers' own bars would run into this command's
+    with progress(quiet) as report:
+        found = heal(folder, options, report=report)
+    if not is_main_process():
+        return
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if not quiet:
+        _show_report(found)
+
+
+def merge_options(
+    base: Mapping[str, Any], fields: Mapping[str, Any], settings: Sequence[str] = (), where: str = "the command line"
+) -> DistillOptions:
+    """Options from a recipe, then the command line, which wins."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    trainer = {**dict(base.get("trainer") or {}), **dict(map(_setting, settings))}
+    return DistillOptions(**{**base, **checked_mapping(given, where), "trainer": trainer})
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise OptionError(f"--trainer: expected NAME=VALUE, found {text!r}; for example --trainer weight_decay=0.1.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    if isinstance(parsed, str):  # YAML 1.1 reads 8e-5 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return name.strip().replace("-", "_"), parsed
+
+
+def require_extras() -> None:
+    """One sentence for libraries that are not installed."""
+    import importlib.util
+
+    for module, extra in _EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            raise OptionError(f"xeco-distill needs {module}: pip install 'xeco-convert[{extra}]'.")
+
+
+def is_main_process() -> bool:
+    """Whether this process prints, where several take part."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: bool) -> None:
+    if quiet or not is_main_process():
+        return
+    import os
+
+    import torch
+
+    from .pipeline import work_place
+    from .plan import (
+        Sizes,
+        describe,
+        describe_estimate,
+        estimate,
+        make_healing_plan,
+        measured_flops,
+        refuse_foreign_folder,
     )
-    click.echo(f"teacher: {found['source']['path']}")
-    click.echo("stages to come: layer-wise regression, KL from teacher to student, DPO")
-    click.echo("This version does not train yet; nothing was changed.", err=True)
+    from .result import recover
+
+    recover(folder.absolute(), work_place(folder.absolute(), options) / "result")
+    refuse_foreign_folder(folder)
+    plan = make_healing_plan(folder, options)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"
+    device = torch.device("cuda" if on_cuda and torch.cuda.is_available() else "cpu")
+    flops = measured_flops(device) if dry_run else 1.0
+    found = estimate(Sizes.of(plan), options, plan.seq_length, world=world, flops=flops)
+    lines = describe(plan, found, world)
+    if dry_run:
+        lines += describe_estimate(found, device, world)
+    for line in lines:
+        click.echo(line, err=not dry_run)
 
 
-def main() -> None:
-    """Entry point."""
-    import sys
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, float, dict[str, float]], None] | None]:
+    """A progress bar with the time left and the figures of the moment, on stderr."""
+    if quiet or not is_main_process():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    run_command(distill_command, sys.argv[1:], "xeco-distill")
+    columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        task, stage = bar.add_task("", total=1.0), ""
+
+        def report(what: str, share: float, figures: dict[str, float]) -> None:
+            nonlocal task, stage
+            if what != stage:  # the time left is that of the stage
+                bar.remove_task(task)
+                task, stage = bar.add_task(what, total=1.0), what
+            words = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            bar.update(task, description=f"{what}  {words}", completed=share)
+
+        yield report
+
+
+def _show_report(found: Any) -> None:
+    before, after = found.before, found.after
+    for stage, facts in found.stages.items():
+        if "skipped" in facts:
+            click.echo(f"{stage}: skipped ({facts['skipped']})")
+    click.echo(f"{'':>22}  {'before':>9}  {'after':>9}")
+    rows = (
+        ("perplexity", "perplexity", "{:.4g}"),
+        ("gap to the teacher", "gap", "{:.4f}"),
+        ("KL from the teacher", "kl", "{:.4f}"),
+        ("same top-1 token", "top1", "{:.1%}"),
+    )
+    for name, key, form in rows:
+        click.echo(f"{name:>22}  {form.format(before[key]):>9}  {form.format(after[key]):>9}")
+    click.echo(f"teacher's perplexity {after['perplexity_source']:.4g}; {after['num_tokens']:,} predictions held out")
+    click.echo(f"{found.output}: healed in {found.seconds:.1f} s")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: the subcommand that the first argument names, else healing."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command, name = distill_command, "xeco-distill"
+    if given and given[0] == "eval":
+        from .evaluation.command import eval_command
+
+        command, name, given = eval_command, "xeco-distill eval", given[1:]
+    elif given and given[0] == "recipes":
+        from .recipes import recipes_command
+
+        command, name, given = recipes_command, "xeco-distill recipes", given[1:]
+    run_command(
+        command, given, name, interrupted="interrupted; OUT is as it was, and the same command continues the run."
+    )

@@ -15,17 +15,20 @@ from xeco_convert.errors import XecoError
 _INTERRUPTED = "interrupted; nothing was written."
 
 
-def run_command(command: click.Command, arguments: list[str], name: str) -> None:
-    """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2."""
+def run_command(command: click.Command, arguments: list[str], name: str, *, interrupted: str = _INTERRUPTED) -> None:
+    """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2.
+
+    `interrupted`: what to say after Ctrl-C.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     interrupts = _take_interrupts()
     try:
         sys.exit(command.main(args=arguments, prog_name=name, standalone_mode=False) or 0)
     except (KeyboardInterrupt, click.Abort):
-        _fail(name, _INTERRUPTED, 1)
+        _fail(name, interrupted, 1)
     except Exception as error:
         if interrupts:  # libraries turn an interrupt that reaches them into errors of their own
-            _fail(name, _INTERRUPTED, 1)
+            _fail(name, interrupted, 1)
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.forward import AttentionContext, mla_output, source_output
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 
@@ -59,17 +59,24 @@ class RefinedLayer:
 
 class LayerRefinement:
     """The work on one layer: `inputs` [W, T, X] are the converted model's hidden states before it, `view.inputs` the
-    source's. `calibrated`: the windows that may be looked at; the last `held_out_windows` of them decide what is kept."""
+    source's. `windows`: how many may be looked at; the last `held_out_windows` of them decide what is kept. `context`: where
+    the layer has rotary frequencies of its own, or an epsilon for its latent norm."""
 
     def __init__(
-        self, view: LayerView, source: SourceAttention, inputs: Tensor, windows: int, options: RefineOptions
+        self,
+        view: LayerView,
+        source: SourceAttention,
+        inputs: Tensor,
+        windows: int,
+        options: RefineOptions,
+        context: AttentionContext | None = None,
     ) -> None:
         self._view = view
         self._source = source
         self._inputs = inputs
         self._options = options
         self._heads = source.num_attention_heads
-        self._context = view.context()
+        self._context = view.context() if context is None else context
         held_out = max(1, min(options.held_out_windows, windows // 8))
         self._trained, self._held_out = slice(0, windows - held_out), slice(windows - held_out, windows)
         self._batch = max(1, options.batch_tokens // inputs.shape[1])
@@ -222,7 +229,7 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     step, so factors in output units, whose scales differ by hundreds, would learn at rates that differ as much. A layer
     with a latent norm keeps the scales of its latent, which the norm sees.
     """
-    rank, rope = mla.kv_b_weight.shape[1], 2 * len(mla.rope_index or ())
+    rank, rope = mla.kv_b_weight.shape[1], mla.qk_rope_head_dim
     query = mla.q_weight if mla.q_weight is not None else mla.q_b_weight
     assert query is not None
     q_HQX, kv_b_HUR = query.unflatten(0, (num_heads, -1)), mla.kv_b_weight.unflatten(0, (num_heads, -1))

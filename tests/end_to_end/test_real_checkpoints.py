@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,22 @@ def test_the_same_input_gives_the_same_bytes(run: Runner, stories_converted: Con
 
 
 def test_distill_says_what_it_will_do(run: Runner, stories_converted: Converted) -> None:
-    done = run("xeco-distill", stories_converted.output)
-    assert "5 MLA layers, KV cache 50.0% of the source's" in done.stdout
-    assert f"teacher: {stories_converted.source}" in done.stdout
+    done = run("xeco-distill", stories_converted.output, "--dry-run")
+    assert "KV cache 50.0% of the source's" in done.stdout
+    assert f"teacher: {stories_converted.source} (the source)" in done.stdout
+    assert "stages: layers, kl" in done.stdout and "memory: about" in done.stdout
+
+
+def test_distill_heals_with_nothing_but_a_budget(run: Runner, stories_converted: Converted, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(stories_converted.output, out)
+    quick = ("--budget-tokens", 16384, "--seq-length", 128, "--layer-steps", 20, "--layer-tokens", 8192)
+    done = run("xeco-distill", out, *quick, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["after"]["kl"] < 0.5 * report["before"]["kl"]
+    assert "KL from the teacher" in done.stdout and "ETA" in done.stderr
+    assert (tmp_path / "out.before-healing" / "model.safetensors").is_file()
+    inspected = run("xeco-convert", "inspect", out)
+    assert "50.0%" in inspected.stdout
+    again = run("xeco-distill", "eval", out, "--tokens", 2048, "--seq-length", 128, "--needle", "--contexts", "64,128")
+    assert "Needle in a haystack" in again.stdout and "## Evaluation" in (out / "README.md").read_text()

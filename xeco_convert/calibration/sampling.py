@@ -29,19 +29,28 @@ def sample_windows(
     with _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     rows = max(1, -(-num_tokens // length))
+    ids, counts = sample_rows(model, rows, length, seed)
+    return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
+
+
+@torch.no_grad()
+def sample_rows(
+    model: Any, rows: int, length: int, seed: int, rows_per_batch: int = _BATCH_ROWS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, length] sampled at temperature 1 from a causal language model, and which of them count (bool).
+
+    The same seed gives the same tokens; torch's own random state is left as it was.
+    """
     start = _start_token(model.config)
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
         parts = [
-            _sample(model, min(_BATCH_ROWS, rows - done), length, start).cpu() for done in range(0, rows, _BATCH_ROWS)
+            _sample(model, min(rows_per_batch, rows - done), length, start).cpu()
+            for done in range(0, rows, rows_per_batch)
         ]
-    finally:
-        torch.random.set_rng_state(generator_state)
     ids = torch.cat(parts)
     special = [token for token in (model.config.bos_token_id, model.config.pad_token_id) if isinstance(token, int)]
-    counts = ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
-    return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
+    return ids, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
 
 
 @contextmanager
@@ -72,8 +81,9 @@ def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model.generation_config = settings
+    kept, model.generation_config = model.generation_config, settings
     tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    model.generation_config = kept
     return tokens
 
 

@@ -26,7 +26,7 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
     vocabulary, unknown = _vocabulary_size(folder), _unknown_id(tokenizer)
     documents: list[list[int]] = []
     found = 0
-    for record in islice(_records(calibration), _MOST_DOCUMENTS):
+    for record in islice(read_records(calibration), _MOST_DOCUMENTS):
         documents.append(_known(_tokens(record, tokenizer, calibration), vocabulary, calibration))
         found += len(documents[-1])
         if found >= num_tokens:
@@ -54,37 +54,37 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _records(calibration: str) -> Iterator[Mapping[str, Any]]:
+def read_records(calibration: str, flag: str = "--calibration") -> Iterator[Mapping[str, Any]]:
+    """Records of a .txt (one), .json, .jsonl or .parquet file, or of a data set by name; `flag` names the option in errors.
+
+    Raises `CheckpointError` for a missing file, lines that are no objects, a data set that cannot be opened.
+    """
     path = Path(calibration)
     if path.suffix == ".txt" and path.is_file():
         yield {"text": path.read_text(encoding="utf-8", errors="replace")}
     elif path.suffix == ".json" and path.is_file():
-        yield from _token_lists(path)
+        yield from _token_lists(path, flag)
     elif path.suffix == ".jsonl" and path.is_file():
-        yield from _json_lines(path)
+        yield from _json_lines(path, flag)
     elif path.suffix in (".txt", ".jsonl", ".json", ".parquet") and not path.is_file():
-        raise CheckpointError(
-            f"--calibration: {calibration} was not found; give an existing file or a data set's name."
-        )
+        raise CheckpointError(f"{flag}: {calibration} was not found; give an existing file or a data set's name.")
     else:
-        yield from _data_set(calibration, path)
+        yield from _data_set(calibration, path, flag)
 
 
-def _token_lists(path: Path) -> Iterator[Mapping[str, Any]]:
+def _token_lists(path: Path, flag: str) -> Iterator[Mapping[str, Any]]:
     """Sequences of token ids, as a JSON array of arrays: text that is tokenized already."""
     try:
         lists = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError:
         lists = None
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
-        raise CheckpointError(
-            f"--calibration: {path}: expected a JSON array of arrays of token ids, found something else."
-        )
+        raise CheckpointError(f"{flag}: {path}: expected a JSON array of arrays of token ids, found something else.")
     for item in lists:
         yield {"input_ids": item}
 
 
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+def _json_lines(path: Path, flag: str) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -94,19 +94,17 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             except json.JSONDecodeError:
                 record = None
             if not isinstance(record, dict):
-                raise CheckpointError(
-                    f"--calibration: {path}, line {number}: expected a JSON object, found something else."
-                )
+                raise CheckpointError(f"{flag}: {path}, line {number}: expected a JSON object, found something else.")
             yield record
 
 
-def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
+def _data_set(calibration: str, path: Path, flag: str) -> Iterable[Mapping[str, Any]]:
     """Records of a parquet file or a named data set (name, name:split), streamed by the datasets library."""
     try:
         import datasets
     except ImportError:
         raise CheckpointError(
-            f"--calibration: {calibration} needs the datasets library: pip install 'xeco-convert[data]', or give .txt or .jsonl."
+            f"{flag}: {calibration} needs the datasets library: pip install 'xeco-convert[data]', or give .txt or .jsonl."
         ) from None
     try:
         if path.suffix == ".parquet":
@@ -115,7 +113,7 @@ def _data_set(calibration: str, path: Path) -> Iterable[Mapping[str, Any]]:
         return datasets.load_dataset(name, split=split or "train", streaming=True)  # type: ignore[no-any-return]
     except Exception as error:  # the library passes on errors of many libraries below it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"--calibration: {calibration} could not be opened ({reason}).") from None
+        raise CheckpointError(f"{flag}: {calibration} could not be opened ({reason}).") from None
 
 
 def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list[int]:

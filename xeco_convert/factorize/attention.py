@@ -64,6 +64,11 @@ class MlaAttention:
     latent_norm_weight: Tensor | None = None
     rope_index: tuple[int, ...] | None = None
 
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Width P of the shared rotary key: the rows of kv_a that are not latent."""
+        return self.kv_a_weight.shape[0] - self.kv_b_weight.shape[1]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under their names below the attention module, those that are there."""
         named = {

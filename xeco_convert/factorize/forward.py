@@ -25,6 +25,18 @@ class AttentionContext:
     mask: Tensor
     softmax_scale: float
     norm_eps: float = 1e-6
+    # tables [1 or W, T, P] of an MLA layer with rotary frequencies of its own (rope_index None)
+    own_cos: Tensor | None = None
+    own_sin: Tensor | None = None
+
+    def mla_tables(self, mla: MlaAttention) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or W, T, P] of an MLA layer: columns of the source's, or the layer's own."""
+        if mla.rope_index is None and mla.qk_rope_head_dim:
+            if self.own_cos is None or self.own_sin is None:
+                raise ValueError("an MLA layer without rope_index needs rotary tables of its own")
+            return self.own_cos, self.own_sin
+        columns = torch.tensor((mla.rope_index or ()) * 2, device=self.cos.device, dtype=torch.int64)
+        return self.cos[..., columns], self.sin[..., columns]
 
 
 def source_projections(source: SourceAttention, x_WTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +72,7 @@ def source_probabilities(queries: Tensor, keys: Tensor, context: AttentionContex
 
 def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
     """Attended latents [W, T, H, R]: what each head's value up-projection is applied to."""
-    rope = 2 * len(mla.rope_index or ())
+    rope = mla.qk_rope_head_dim
     queries = _mla_queries(mla, x_WTX).unflatten(-1, (num_heads, -1))
     q_nope, q_rope = queries.split([queries.shape[-1] - rope, rope], dim=-1)
     c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
@@ -79,13 +91,12 @@ def mla_compressed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents [W, T, R] (behind the latent norm), the shared rotary key [W, T, P] before rotation, and the layer's own
     columns of cos and sin [1 or W, T, P]."""
-    rope = 2 * len(mla.rope_index or ())
+    rope = mla.qk_rope_head_dim
     compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
     c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
     if mla.latent_norm_weight is not None:
         c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
-    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
-    return c_kv, k_rope, context.cos[..., columns], context.sin[..., columns]
+    return c_kv, k_rope, *context.mla_tables(mla)
 
 
 def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:

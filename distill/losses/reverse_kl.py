@@ -1,0 +1,32 @@
+"""KL(student ‖ teacher): the student must stay where the teacher is (MiniLLM, arXiv 2306.08543, equation 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..losses.chunked import Chunk, Slab, Term, chunked_loss
+from ..losses.prediction import Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL:
+    """τ² · Σ p_student (ln p_student − ln p_teacher), both softmaxes at temperature τ, in nats."""
+
+    temperature: float = 1.0
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        parts = [(slab.student_p * (slab.student_logp - slab.teacher_logp)).sum(dim=1) for slab in chunk.slabs()]
+        return torch.stack(parts).sum(dim=0) * self.temperature**2
+
+    def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
+        squared = self.temperature**2
+        return slab.student_p * ((slab.student_logp - slab.teacher_logp) * squared - losses[:, None])
+
+
+def reverse_kl(student: Prediction, teacher: Prediction, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Sum of KL(student ‖ teacher) over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
+    term = Term(name="reverse_kl", loss=ReverseKL(temperature=temperature))
+    return chunked_loss([term], student, teacher, mask).total

@@ -1,0 +1,268 @@
+"""A healing run on one screen: plan -> rows -> stages -> checkpoint -> measure -> put in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.errors import OptionError
+
+from .callbacks import Report
+from .data import PackedRows
+from .data.preparation import prepare_rows
+from .errors import HealingError
+from .evaluation.quality import measure_quality
+from .options import DistillOptions
+from .plan import HealingPlan, make_healing_plan, refuse_foreign_folder
+from .result import check_place, put_in_place, record, recover, save_overlay, write_checkpoint
+from .sharding import shard
+from .stages.distillation import DistillationStage, Place, fidelity_dict
+from .stages.layerwise import LayerwiseStage, same_outside_attention
+from .teacher import Teacher, check_head, load_model
+from .work import RunFolder, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingReport:
+    """What a run did: quality before and after on held-out text, and what each stage says of itself."""
+
+    output: str
+    stages: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    tokens: int
+    teacher: str
+    data: str
+    options: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return dataclasses.asdict(self)
+
+
+def heal(
+    folder: str | Path, options: DistillOptions | None = None, *, report: Report | None = None, **fields: Any
+) -> HealingReport:
+    """Heal the converted checkpoint in `folder`; options as `DistillOptions` or as its fields.
+
+    Started by torchrun, all processes take part. Raises the errors of xeco_convert.errors and xeco_distill.errors, each
+    with one sentence; then `folder` is as it was, and what was reached is kept in the work folder.
+    """
+    if options is not None and fields:
+        raise OptionError(f"heal: give options either as an object or as fields, not both (found {', '.join(fields)}).")
+    options = options if options is not None else DistillOptions(**fields)
+    folder = Path(os.path.abspath(folder))
+    place = open_place(options)
+    work = RunFolder(work_place(folder, options))
+    if place.is_main:
+        recover(folder, work.path("result"))
+    place.barrier()
+    refuse_foreign_folder(folder)
+    output = None if options.output is None else Path(os.path.abspath(options.output))
+    check_place(folder, output, overwrite=options.overwrite, keep=options.keep_original)
+    plan = make_healing_plan(folder, options)
+    if place.is_main:
+        work.open(fingerprint(plan.student, plan.teacher.fingerprint(), options, place.world), restart=options.restart)
+    place.barrier()
+    quiet: Report = lambda what, share, figures: None  # noqa: E731
+    try:
+        return _Run(plan, work, place, report if report is not None and place.is_main else quiet).run(output)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise HealingError(
+            f"{error.filename or work.folder}: {reason}; {folder} is as it was, and what was done so far is kept in "
+            f"{work.folder}. Free some space, then the same command continues."
+        ) from None
+
+
+def work_place(folder: Path, options: DistillOptions) -> Path:
+    """The work folder of a run."""
+    if options.work_dir is not None:
+        return Path(os.path.abspath(options.work_dir))
+    return folder.with_name(f"{folder.name}.healing")
+
+
+def open_place(options: DistillOptions) -> Place:
+    """Device and process of this run; joins the others where torchrun started it. Raises `OptionError` without a GPU."""
+    on_cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        raise OptionError("--device: cuda is not available here; use --device cpu.")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Place(device=torch.device("cuda" if on_cuda else "cpu"), world=1, rank=0)
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not on_cuda, timeout=timedelta(hours=24))
+    return Place(device=state.device, world=state.num_processes, rank=state.process_index)
+
+
+class _Run:
+    """One run: its plan, its folder, its place."""
+
+    def __init__(self, plan: HealingPlan, work: RunFolder, place: Place, report: Report) -> None:
+        self._plan, self._work, self._place, self._report = plan, work, place, report
+        self._options = plan.options
+        self._teacher: Teacher | None = None
+        self._began = time.monotonic()
+
+    def run(self, output: Path | None) -> HealingReport:
+        """All of it."""
+        train, held_out = prepare_rows(self._plan, self._work, self._place, self._sampled_teacher, self._report)
+        before = self._measured("before.json", self._plan.student.folder, held_out)
+        reached, done = self._plan.student.folder, {}
+        steps: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+            "layers": lambda start, result: self._layers(start, result, train),
+            "kl": lambda start, result: self._distil(start, result, train, held_out),
+            "dpo": self._prefer,
+        }
+        for stage in self._plan.stages:
+            result = self._work.path(f"done/{stage}")
+            facts = self._work.read_json(f"done/{stage}.json")
+            if facts is None:
+                facts = steps[stage](reached, result)
+                if self._place.is_main:
+                    self._work.write_json(f"done/{stage}.json", facts)
+                    _forget(self._work, stage, reached)
+                self._place.barrier()
+            done[stage] = facts
+            reached = result if result.is_dir() else reached
+        return self._finish(reached, before, done, held_out, output)
+
+    def _teacher_model(self) -> Teacher:
+        """The teacher on this device, sharded where the student is; loaded on first use."""
+        if self._teacher is None:
+            dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
+            self._report("loading the teacher", 0.0, {})
+            model = load_model(self._plan.teacher.folder, dtype)
+            check_head(model, f"teacher {self._plan.teacher.name}")
+            model = model.eval().requires_grad_(False)
+            if self._place.shards(self._options):
+                shard(model, self._place.device, root=model.get_decoder())
+            else:
+                model.to(self._place.device)
+            self._teacher = Teacher(model, self._plan.student.config["vocab_size"])
+        return self._teacher
+
+    def _sampled_teacher(self) -> Teacher:
+        """The teacher for sampling: whole on this device, since processes that generate do not run in step."""
+        if not self._place.shards(self._options):
+            return self._teacher_model()
+        model = load_model(self._plan.teacher.folder, "auto").to(self._place.device).eval()
+        return Teacher(model, self._plan.student.config["vocab_size"])
+
+    def _release_teacher(self) -> None:
+        """Its memory is wanted; it is loaded again when it is needed again."""
+        self._teacher = None
+        if self._place.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measured(self, name: str, folder: Path, held_out: PackedRows) -> dict[str, Any]:
+        """Quality of a checkpoint as it is stored, kept under a name."""
+        found = self._work.read_json(name)
+        if found is None:
+            self._report(f"measuring {'before' if name.startswith('before') else 'after'}", 0.0, {})
+            dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
+            student = load_model(folder, dtype).to(self._place.device).eval()
+            found = fidelity_dict(measure_quality(self._teacher_model(), student, held_out))
+            if self._place.is_main:
+                self._work.write_json(name, found)
+        return found
+
+    def _layers(self, start: Path, result: Path, train: PackedRows) -> dict[str, Any]:
+        source = self._plan.teacher.index
+        different = same_outside_attention(CheckpointIndex.open(start), source)
+        if different is not None:
+            if self._options.stages is not None:
+                raise OptionError(
+                    f"--stages: layers aims at the source with the source's other weights, but {different} differs from it "
+                    "(OUT was trained already); leave layers out."
+                )
+            return {"skipped": f"{different} differs from the source's: OUT was trained already"}
+        shared = self._options.layer_inputs == "source"
+        share = (self._place.rank, self._place.world) if shared else (0, 1)
+        stage = LayerwiseStage(
+            *(CheckpointIndex.open(start), source, train, self._work.path("layers"), self._options, self._place.device),
+            share=share,
+        )
+        if shared or self._place.is_main:
+            stage.run(self._report)
+        self._place.barrier()
+        if self._place.is_main:
+            save_overlay(load_model(start, torch.float32), stage.tensors(), result)
+        self._place.barrier()
+        return stage.result().to_dict()
+
+    def _distil(self, start: Path, result: Path, train: PackedRows, held_out: PackedRows) -> dict[str, Any]:
+        student = load_model(start, torch.float32)
+        stage = DistillationStage(
+            *(student, self._teacher_model, (train, held_out), self._work, self._options, self._place, self._report),
+            release_teacher=self._release_teacher,
+        )
+        return stage.run(result)
+
+    def _prefer(self, start: Path, result: Path) -> dict[str, Any]:
+        from .stages.preference import prefer
+
+        self._release_teacher()
+        return prefer(start, result, self._plan, self._work, self._place, self._report)
+
+    def _finish(
+        self, reached: Path, before: dict[str, Any], done: dict[str, Any], held_out: PackedRows, output: Path | None
+    ) -> HealingReport:
+        """Write, measure what was written, put it in place."""
+        result = self._work.path("result")
+        if self._place.is_main:
+            self._report("writing", 0.0, {})
+            write_checkpoint(self._plan.student, CheckpointIndex.open(reached), result)
+        self._place.barrier()
+        after = self._measured("after.json", result, held_out)
+        target = self._plan.student.folder if output is None else output
+        found = HealingReport(
+            output=str(target),
+            stages={stage: _without_history(facts) for stage, facts in done.items()},
+            before=before,
+            after=after,
+            tokens=int(done.get("kl", {}).get("tokens", 0)),
+            teacher=self._plan.teacher.name,
+            data="text sampled from the teacher" if self._options.data is None else self._options.data,
+            options=changed_options(self._options),
+            seconds=time.monotonic() - self._began,
+        )
+        if self._place.is_main:
+            record(result, {**found.to_dict(), "history": done.get("kl", {}).get("history", []), "output": None})
+            put_in_place(result, self._plan.student.folder, output, keep=self._options.keep_original)
+            self._work.remove()
+        self._place.barrier()
+        return found
+
+
+def changed_options(options: DistillOptions) -> dict[str, Any]:
+    """The options that are not their defaults, and say something about the result."""
+    silent = ("output", "overwrite", "keep_original", "work_dir", "restart", "sample_cache", "device")
+    default = dataclasses.asdict(DistillOptions())
+    return {
+        key: value for key, value in dataclasses.asdict(options).items() if value != default[key] and key not in silent
+    }
+
+
+def _forget(work: RunFolder, stage: str, start: Path) -> None:
+    """Free what the finished stage needed and no later one does."""
+    shutil.rmtree(work.path(stage), ignore_errors=True)
+    if work.folder in start.parents:
+        shutil.rmtree(start, ignore_errors=True)
+
+
+def _without_history(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != "history"}
