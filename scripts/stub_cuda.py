@@ -89,8 +89,20 @@ def write_stub(path: Path, symbols: dict[str, str | None]) -> None:
     for symbol, version in symbols.items():
         if version is not None:
             by_version[version].append(symbol)
-    versions.write_text("".join(f"{version} {{ global: {'; '.join(names)}; }};\n" for version, names in by_version.items()))
-    command = ["gcc", "-w", "-fno-builtin", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", str(path), str(source)]
+    versions.write_text(
+        "".join(f"{version} {{ global: {'; '.join(names)}; }};\n" for version, names in by_version.items())
+    )
+    command = [
+        "gcc",
+        "-w",
+        "-fno-builtin",
+        "-shared",
+        "-fPIC",
+        f"-Wl,-soname,{path.name}",
+        "-o",
+        str(path),
+        str(source),
+    ]
     if by_version:
         command.append(f"-Wl,--version-script={versions}")
     subprocess.run(command, check=True)
