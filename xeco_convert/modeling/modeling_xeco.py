@@ -295,26 +295,20 @@ def _asked() -> str | None:
     return os.environ.get("XECO_ATTENTION") or None
 
 
-_warned = False
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_obstacle(device_type: str, dtype: torch.dtype, asked: str | None) -> str | None:
     """Why no compiled kernel serves; where the whole package is missing, one warning says so."""
-    global _warned  # noqa: PLW0603
     if asked not in (None, "fused"):
         return f"XECO_ATTENTION={asked}"
     if fused is not None:
         return fused.kernel_obstacle(device_type, dtype)
-    if device_type == "cpu" and not _warned:
-        _warned = True
-        # transformers' registry: every checkpoint brings a copy of this file, and the warning is for the process
-        warnings.warn_explicit(
+    # Every checkpoint brings a copy of this file, and the warning is for the process: torch remembers it for all of them.
+    told = vars(torch).setdefault("__xeco_told__", set())
+    if device_type == "cpu" and "no package" not in told:
+        told.add("no package")
+        warnings.warn(
             "xeco_convert is not installed; attention runs in plain torch: slower, same results (pip install xeco-convert)",
-            UserWarning,
-            __file__,
-            1,
-            registry=vars(transformers).setdefault("__warningregistry__", {}),
+            stacklevel=2,
         )
     return "xeco_convert is not installed"
 
