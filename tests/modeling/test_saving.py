@@ -61,7 +61,7 @@ def run_remote(
     command = [sys.executable, "-c", REMOTE, str(work / "ids.pt"), *arguments]
     done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("xeco_convert is not installed; attention runs in plain torch") == 1
+    assert done.stderr.count("UserWarning: xeco_convert is not installed; attention runs in plain torch") == 1
     return [(torch.load(logits), copy) for _, logits, copy in jobs]
 
 

@@ -64,7 +64,6 @@ def test_every_rank_is_served(rank: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.usefixtures("threads")
 def test_every_rule_of_what_is_seen_is_followed(rule: str, dtype: torch.dtype) -> None:
     assert_right(COMMON, RULES[rule], dtype)
 

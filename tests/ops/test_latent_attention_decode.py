@@ -111,7 +111,6 @@ def paged(rows: list[Tensor], lengths: Tensor, page_size: int, seed: int = 0) ->
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.usefixtures("threads")
 def test_a_paged_cache_gives_what_a_contiguous_one_gives(page_size: int, dtype: torch.dtype, queries: int) -> None:
     sizes = Sizes(queries, 129, 3, 24, 8)
     q_latent, q_rope, *rows = inputs(sizes, dtype)
