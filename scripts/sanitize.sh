@@ -24,7 +24,7 @@ CC=gcc CXX=g++ XECO_BUILD_EXT=1 XECO_EMULATE_AMX=1 \
   XECO_LDFLAGS="-fsanitize=address,undefined" \
   "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/temp" > "$log" 2>&1 || { cat "$log"; exit 1; }
 module=$(find "$PWD/$build/xeco_convert" -name '_C.*.so')
-nm -D "$module" | grep -q __asan_report || { echo "$module: expected calls of the sanitizers, found none"; exit 1; }
+nm -D "$module" | grep __asan_report > /dev/null || { echo "$module: expected calls of the sanitizers, found none"; exit 1; }
 
 say "tests of the kernels under the sanitizers"
 # Both libraries must be there before Python, and libstdc++ before both look for __cxa_throw. Python and torch leave memory
@@ -40,4 +40,4 @@ from xeco_convert.ops.extension import extension
 module = extension()
 assert module.__file__ == os.environ["XECO_EXTENSION"], module.__file__
 print("levels:", ", ".join(module.compiled_levels), "up to", module.detected_level, "; emulated:", module.emulated)'
-run "$python" -m pytest -p no:cacheprovider -q "${@:-${tests[@]}}"
+run "$python" -m pytest -p no:cacheprovider -q -n 2 "${@:-${tests[@]}}"
