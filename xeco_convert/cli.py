@@ -245,7 +245,6 @@ def _make_plan(source: str, output: Path | None, options: ConvertOptions) -> Con
 
 def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as JSON types, as --dry-run --json writes it."""
-    kept = plan.geometry.cache_width
     headers = plan.output_headers()
     return {
         "model_type": plan.family.model_type,
@@ -255,10 +254,12 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
             {
                 "layer": item.layer,
                 "converted": item.shape is not None,
-                "kv_numbers_before": kept,
-                "kv_numbers_after": numbers,
+                "kv_numbers_before": before,
+                "kv_numbers_after": after,
             }
-            for item, numbers in zip(plan.layers, plan.kv_numbers_per_token(), strict=True)
+            for item, before, after in zip(
+                plan.layers, plan.source_kv_numbers_per_token(), plan.kv_numbers_per_token(), strict=True
+            )
         ],
         "weights_bytes": sum(header.num_bytes for header in headers),
         "num_tensors": len(headers),
@@ -280,9 +281,16 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
             f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {_widths_in_words(plan, shape)}, "
             f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
         )
-    kept = geometry.cache_width * (len(plan.layers) - len(plan.converted_layers))
-    before = geometry.cache_width * len(plan.layers)
+    numbers = plan.source_kv_numbers_per_token()
+    kept = sum(numbers[item.layer] for item in plan.layers if item.shape is None)
+    before = sum(numbers)
     after = sum(plan.kv_numbers_per_token()) if plan.kv_budget is None else min(before, plan.kv_budget + kept)
+    if plan.kept_windows:
+        window = plan.layers[plan.kept_windows[0]].window
+        lines.append(
+            f"{len(plan.kept_windows)} layers keep their sliding window of {window} tokens: their cache does not grow with "
+            f"the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
+        )
     bound = "" if plan.ranks_are_final else "at most "
     lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
     if after >= before:

@@ -102,9 +102,10 @@ class LayerRefinement:
         refit = ValueRefit(self._source, start, self._context)
         for part in self._parts(self._trained):
             before = self._view.inputs[part]
-            after = before + source_output(self._source, self._view.normed(before), self._context)
+            output = source_output(self._source, self._view.normed(before), self._context)
             inputs = self._inputs[part]
-            refit.add(self._view.normed(inputs), self._view.counts[part], target_WTX=after - inputs)
+            target = self._view.attention_target(before, output, inputs)
+            refit.add(self._view.normed(inputs), self._view.counts[part], target_WTX=target)
         return refit.result()
 
     @torch.no_grad()
@@ -167,8 +168,10 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     with a latent norm keeps the scales of its latent, which the norm sees.
     """
     rank, rope = mla.kv_b_weight.shape[1], 2 * len(mla.rope_index or ())
-    query = mla.q_weight if mla.q_weight is not None else mla.q_b_weight
-    assert query is not None
+    name = (
+        "q_head_weight" if mla.q_head_weight is not None else "q_weight" if mla.q_weight is not None else "q_b_weight"
+    )
+    query = getattr(mla, name)
     q_HQX, kv_b_HUR = query.unflatten(0, (num_heads, -1)), mla.kv_b_weight.unflatten(0, (num_heads, -1))
     o_XHV = mla.o_weight.unflatten(1, (num_heads, -1))
     nope, width = q_HQX.shape[1] - rope, o_XHV.shape[2]
@@ -187,8 +190,9 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     down_R = torch.cat([latent_R, rope_P])
     query_HQ = torch.cat([1 / keys_H[:, None].expand(-1, nope), (1 / rope_P).expand(num_heads, -1)], dim=1).flatten()
     scaled = {
-        "q_weight" if mla.q_weight is not None else "q_b_weight": query * query_HQ[:, None],
-        "q_bias": None if mla.q_bias is None else mla.q_bias * query_HQ,
+        name: query * query_HQ[:, None],
+        # behind a norm the queries' own scale stays
+        "q_bias": mla.q_bias if mla.q_bias is None or mla.q_head_weight is not None else mla.q_bias * query_HQ,
         "kv_a_weight": mla.kv_a_weight * down_R[:, None],
         "kv_a_bias": None if mla.kv_a_bias is None else mla.kv_a_bias * down_R,
         "kv_b_weight": kv_b_HUR.flatten(0, 1) * up_HU[:, None],

@@ -19,7 +19,7 @@ from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
-from xeco_convert.ranks.budget import Widths
+from xeco_convert.ranks.budget import Widths, without_rotation
 
 _BRANCH_TOKENS = 2048  # for the KL at the output
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
@@ -57,6 +57,7 @@ class Survey:
     def add(self, view: LayerView, source: SourceAttention, layer: CalibratedLayer) -> None:
         """Survey one layer; called before the view moves on, after `advance_branches`."""
         context, heads = view.context(), source.num_attention_heads
+        offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
 
         def converted(offer: Widths, normed: Tensor) -> Tensor:
             factors = layer.factors(offer.kv_lora_rank, offer.qk_rope_head_dim).to(torch.float32)
@@ -65,12 +66,11 @@ class Survey:
         few = view.normed(view.inputs[: max(1, _ERROR_TOKENS // self._windows.ids.shape[1])])
         target = source_output(source, few, context)
         errors = {
-            offer: float((converted(offer, few) - target).square().sum() / target.square().sum())
-            for offer in self._offers
+            offer: float((converted(offer, few) - target).square().sum() / target.square().sum()) for offer in offers
         }
         # the branch stands for what this layer will be: the best of those that take the average
-        nearest = min(abs(offer.total - self._average) for offer in self._offers)
-        average = [offer for offer in self._offers if abs(offer.total - self._average) == nearest]
+        nearest = min(abs(offer.total - self._average) for offer in offers)
+        average = [offer for offer in offers if abs(offer.total - self._average) == nearest]
         branch = min(average, key=lambda offer: errors[offer])
         hidden = view.inputs[: self._windows.ids.shape[0]]
         self._branches[view.number] = view.run_with_attention(hidden, converted(branch, view.normed(hidden)))

@@ -61,8 +61,7 @@ class CalibratedLayer:
         repeats = source.heads_per_group
         up = torch.cat([up_keys[..., :kv_lora_rank], up_values[..., :kv_lora_rank]], dim=1)
         joint_weight = torch.cat([source.k_weight, source.v_weight]).double()
-        query_maps = self._query_maps(qk_rope_head_dim)
-        q_weight = _apply_heads(query_maps, source.q_weight)
+        q_weight, q_bias, q_head = self._queries(self._query_maps(qk_rope_head_dim))
         q_a, q_b = (None, None) if q_lora_rank is None else self._query_factors(q_weight, q_lora_rank)
         return MlaAttention(
             q_weight=q_weight if q_a is None else None,
@@ -71,7 +70,9 @@ class CalibratedLayer:
             kv_a_weight=maps @ joint_weight,
             kv_b_weight=up.repeat_interleave(repeats, dim=0).reshape(-1, kv_lora_rank),
             o_weight=source.o_weight.double(),
-            q_bias=None if source.q_bias is None else _apply_heads(query_maps, source.q_bias[:, None])[:, 0],
+            q_bias=q_bias,
+            q_norm_weight=None if source.q_norm_weight is None else source.q_norm_weight.double(),
+            q_head_weight=q_head,
             kv_a_bias=self._joint_bias(maps),
             o_bias=None if source.o_bias is None else source.o_bias.double(),
             latent_norm_weight=rms.expand(kv_lora_rank).clone() if latent_norm else None,
@@ -111,6 +112,15 @@ class CalibratedLayer:
     def _expected_square(self) -> float:
         """Upper reference of the output's size: the output if attention mixed nothing, Σ_h tr(W_oᵀW_o E[v vᵀ])."""
         return max(float(self._head_weight.sum()) / self._scale**2, _TINY)
+
+    def _queries(self, maps_HOd: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Query weight, bias, and the map of each head behind its norm; without a norm the map is part of the weight."""
+        source = self._source
+        if source.q_norm_weight is not None:
+            bias = None if source.q_bias is None else source.q_bias.double()
+            return source.q_weight.double(), bias, maps_HOd.flatten(0, 1)
+        bias = None if source.q_bias is None else _apply_heads(maps_HOd, source.q_bias[:, None])[:, 0]
+        return _apply_heads(maps_HOd, source.q_weight), bias, None
 
     def _joint_bias(self, maps: Tensor) -> Tensor | None:
         source = self._source
@@ -176,7 +186,7 @@ class CalibratedLayer:
         chosen = self._components.frequency[:pairs]
         group_of_head = torch.arange(heads, device=chosen.device) // source.heads_per_group
         decode_HJ = self._components.decode[:pairs].conj().T[group_of_head]
-        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]
+        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]  # [P, d] each; none in NoPE layers
         return torch.cat([nope, torch.stack(rope)], dim=1)
 
     def _query_factors(self, q_weight: Tensor, q_lora_rank: int) -> tuple[Tensor, Tensor]:

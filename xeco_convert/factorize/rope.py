@@ -20,7 +20,7 @@ from xeco_convert.factorize.statistics import LayerStatistics
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryComponents:
-    """All G·F components of a layer, best first.
+    """All G·F components of a layer, best first; F counts the pairs that are rotated.
 
     `frequency` [G·F] int64; `gain` [G·F]: output error that a rotary slot saves over leaving the component un-rotated;
     `encode` [G·F, G] and `decode` [G·F, G] complex: u = encode · z reads the component from the groups' keys of that
@@ -38,12 +38,14 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
 
     `head_weight` [H] turns a squared score error of a head into a squared output error (λ_h of docs/conversion.md).
     """
-    groups, half = source.num_key_value_heads, source.head_dim // 2
+    groups, half, rotated = source.num_key_value_heads, source.head_dim // 2, source.rotated
     width = groups * source.head_dim
-    moments_FGG = complex_moments(statistics.attended[:width, :width], groups)
-    lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)
-    power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)
-    weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, half).sum(dim=1)
+    moments_FGG = complex_moments(statistics.attended[:width, :width], groups)[:rotated]
+    if rotated == 0:
+        return _no_components(moments_FGG)
+    lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)[:, :rotated]
+    power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)[:, :rotated]
+    weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, rotated).sum(dim=1)
     # A group that no query looks at would make the weights singular; its components come last anyway. Where the output
     # depends on no score at all (queries, values or o_proj are zero), every component is as good as the next.
     largest = float(weight_GF.max())
@@ -58,6 +60,12 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
     return RotaryComponents(
         frequency=frequency, gain=gain, encode=direction.conj() * chosen_root, decode=direction / chosen_root
     )
+
+
+def _no_components(moments_FGG: Tensor) -> RotaryComponents:
+    """Those of a layer without rotation."""
+    none, rows = moments_FGG.new_zeros(0).real, moments_FGG.new_zeros(0, moments_FGG.shape[-1])
+    return RotaryComponents(frequency=none.to(torch.int64), gain=none, encode=rows, decode=rows)
 
 
 def complex_moments(gram: Tensor, groups: int) -> Tensor:

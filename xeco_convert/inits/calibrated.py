@@ -25,6 +25,7 @@ from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.linear_keys import KeyRegression
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 from xeco_convert.inits.base import ConvertedLayer, Progress, read_attention
@@ -132,7 +133,8 @@ class CalibratedInitialisation:
         assert budget is not None
         average = budget / len(plan.converted_layers)
         full_rank = min(geometry.cache_width, geometry.hidden_size)
-        most_rope = geometry.num_key_value_heads * geometry.head_dim
+        rotated = max(item.kind.rotary_dim for item in plan.layers if item.shape is not None)
+        most_rope = geometry.num_key_value_heads * rotated
         offers = candidate_widths(full_rank, most_rope, multiple, average)
         survey = Survey(offers, average, self._windows)
         for view in self._surveyed_views(survey):
@@ -164,8 +166,30 @@ class CalibratedInitialisation:
         return CalibrationWindows(**kept)
 
     @torch.no_grad()
+    def _with_linear_keys(self, view: LayerView, source: SourceAttention) -> tuple[SourceAttention, dict[str, Any]]:
+        """The layer as the closed form takes it, and what its keys lost by that; itself where its keys are linear already."""
+        if source.k_norm_weight is None:
+            return source, {}
+        name = f"keys-{view.number}"
+        kept = self._measurements.load(name)
+        if kept is None:
+            regression = KeyRegression(source)
+            first = min(_held_out_from(self._num_calibrated), self._num_calibrated)
+            for chosen in (slice(0, first), slice(first, self._num_calibrated)):
+                inputs, counts = view.inputs[chosen], view.counts[chosen]
+                for part in view.batches(inputs):
+                    regression.add(view.normed(inputs[part]), counts[part], held_out=chosen.start > 0)
+            found = regression.result()
+            errors = {"key_regression_error": found.error, "key_scaling_error": found.prior_error}
+            kept = {"weight": found.source.k_weight.cpu(), "bias": found.source.k_bias, "errors": errors}
+            self._measurements.save(name, kept)
+        bias = None if kept["bias"] is None else kept["bias"].to(self._device)
+        return source.with_linear_keys(kept["weight"].to(self._device), bias), kept["errors"]
+
+    @torch.no_grad()
     def _calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
         """The layer's closed form, from statistics that are kept from the survey to the conversion."""
+        source, _ = self._with_linear_keys(view, source)
         name = f"statistics-{view.number}"
         kept = self._measurements.load(name)
         if kept is None:
@@ -188,7 +212,7 @@ class CalibratedInitialisation:
         factors = MlaAttention(**kept["factors"])
         return ConvertedLayer(
             layer=view.number,
-            source=source,
+            source=self._with_linear_keys(view, source)[0],
             factors=factors.with_tensors({name: t.to(self._device) for name, t in factors.tensors().items()}),
             errors=LayerErrors(**kept["errors"]),
             details=kept["details"],
@@ -211,6 +235,7 @@ class CalibratedInitialisation:
             "refitted_error": self._error(view, source, factors),
             "rope_index": list(exact.rope_index or ()),
             "spectrum": layer.latent_spectrum(rope).tolist(),
+            **self._with_linear_keys(view, source)[1],
         }
         if self._plan.options.refine:
             refined = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options()).run(
@@ -238,9 +263,10 @@ class CalibratedInitialisation:
         refit = ValueRefit(source, factors, view.context())
         for part in view.batches(view.inputs[: self._num_calibrated]):
             before, inputs = view.inputs[part], converted[part]
-            after = before + source_output(source, view.normed(before), view.context())
+            output = source_output(source, view.normed(before), view.context())
+            target = view.attention_target(before, output, inputs)
             held_out = part.start >= _held_out_from(self._num_calibrated)
-            refit.add(view.normed(inputs), view.counts[part], target_WTX=after - inputs, held_out=held_out)
+            refit.add(view.normed(inputs), view.counts[part], target_WTX=target, held_out=held_out)
         return refit.result()
 
     @torch.no_grad()

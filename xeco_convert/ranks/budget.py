@@ -59,6 +59,12 @@ def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: flo
     return thinned if least in thinned else [least, *thinned]
 
 
+def without_rotation(offers: Sequence[Widths], full_rank: int) -> list[Widths]:
+    """The same sums for a layer that rotates nothing (NoPE): all of them latent, each sum once."""
+    totals = sorted({min(widths.total, full_rank) for widths in offers})
+    return [Widths(kv_lora_rank=total, qk_rope_head_dim=0) for total in totals]
+
+
 def rope_step(multiple: int) -> int:
     """Step of the rotary width: half a step of the rank, even because rotary rows come in pairs."""
     return max(2, multiple // 2 // 2 * 2)
