@@ -154,6 +154,8 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
     chosen = _chosen_layers(options, geometry, kinds)
     dropped = _check_tensors(index, family)
     biases = _biases(index, family, options)
+    if options.portable:
+        _check_portable(index, family, biases, chosen, geometry)
     if options.init == "paper":
         _check_paper(family, geometry, kinds)
     converted = {
@@ -222,6 +224,21 @@ def _chosen_layers(options: ConvertOptions, geometry: AttentionGeometry, kinds: 
     return chosen
 
 
+def _check_portable(
+    index: CheckpointIndex,
+    family: FamilySpec,
+    biases: tuple[str, ...],
+    chosen: Sequence[int],
+    geometry: AttentionGeometry,
+) -> None:
+    """Refuse what a stock DeepSeek model could not hold, before anything is computed."""
+    reason = family.not_portable_because(index.config, biases)
+    if reason is None and len(chosen) < geometry.num_hidden_layers:
+        reason = "some of its layers are to keep their attention, and a stock model has none but MLA"
+    if reason is not None:
+        raise OptionError(f"--portable: a {family.model_type} model cannot become DeepSeek-V3: {reason}; leave it out.")
+
+
 def _check_paper(family: FamilySpec, geometry: AttentionGeometry, kinds: Sequence[LayerKind]) -> None:
     """The published initialisation knows linear keys that are rotated over the whole head, with one set of frequencies."""
     reason = None
@@ -247,7 +264,7 @@ def _layer_shape(
     dim, calibrated = geometry.head_dim, options.init == "calibrated"
     full_rank = min(geometry.cache_width, geometry.hidden_size)
     rotary_dim = kind.rotary_dim or dim  # a NoPE layer takes part in no check of the rotary width
-    most_rope = geometry.num_key_value_heads * rotary_dim if calibrated else dim
+    most_rope = geometry.num_key_value_heads * rotary_dim if calibrated and not options.portable else rotary_dim
     full_q_rank = min(geometry.num_attention_heads * dim, geometry.hidden_size)
     _at_most("--rank", options.rank, full_rank, "the full rank of keys and values")
     _at_most("--rope-dim", options.rope_dim, most_rope, "all rotary rows" if calibrated else "head_dim")
@@ -266,7 +283,7 @@ def _layer_shape(
         qk_rope_head_dim=rope_dim,
         v_head_dim=dim,
         q_lora_rank=options.q_rank,
-        latent_norm=options.latent_norm,
+        latent_norm=options.has_latent_norm,
         rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
         q_norm=_query_norm(index, family, geometry),

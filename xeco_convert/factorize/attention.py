@@ -62,7 +62,7 @@ class SourceAttention:
         return "head" if self.q_norm_weight.numel() == self.head_dim else "all"
 
     def with_linear_keys(self, k_weight: Tensor, k_bias: Tensor | None) -> SourceAttention:
-        """The layer with keys k_weight·x + k_bias in place of its normalised ones (docs/conversion.md, Beyond plain attention)."""
+        """The layer with keys k_weight·x + k_bias in place of its normalised ones (docs/conversion.md)."""
         v_bias = self.v_bias
         if k_bias is not None and v_bias is None:  # the joint factor takes both or none
             v_bias = k_bias.new_zeros(self.v_weight.shape[0])

@@ -23,7 +23,14 @@ _TINY = 1e-300  # in place of a reference that is zero: a layer that puts out no
 class CalibratedLayer:
     """The closed form of one layer, for any widths. All arithmetic in float64 on the statistics' device."""
 
-    def __init__(self, source: SourceAttention, statistics: LayerStatistics, softmax_scale: float) -> None:
+    def __init__(
+        self,
+        source: SourceAttention,
+        statistics: LayerStatistics,
+        softmax_scale: float,
+        *,
+        one_per_frequency: bool = False,
+    ) -> None:
         self._source = source
         self._statistics = statistics
         self._scale = softmax_scale
@@ -35,7 +42,7 @@ class CalibratedLayer:
         spread = per_group.repeat_interleave(source.heads_per_group, dim=0)
         # λ_h: squared output error of a unit squared score error, the spread of the values that the head mixes
         self._head_weight = softmax_scale**2 * (self._head_metric * spread).sum(dim=(1, 2))
-        self._components = rotary_components(source, statistics, self._head_weight)
+        self._components = rotary_components(source, statistics, self._head_weight, one_per_frequency=one_per_frequency)
         self._key_roots = _roots(self._key_metric())  # [G, d, d] each
         self._value_roots = _roots(self._value_metric()[None])  # [1, Gd, Gd] each
         self._latent_cache: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
@@ -55,6 +62,8 @@ class CalibratedLayer:
         eigenvalues, vectors, up_keys, up_values = self._latent(qk_rope_head_dim)
         rms = eigenvalues[:kv_lora_rank].mean().sqrt()
         encode = vectors.T @ self._weigh(qk_rope_head_dim)
+        if latent_norm:  # at rms 1 the norm's eps is far below the latent, as it is meant to be
+            encode = encode / rms.clamp_min(_TINY)
         rope_rows = real_rows(self._components.encode[:pairs], self._components.frequency[:pairs], self._half)
         rope_rows = torch.cat([rope_rows, torch.zeros_like(rope_rows)], dim=1)  # reads keys, no values
         maps = torch.cat([encode[:kv_lora_rank], rope_rows])

@@ -143,4 +143,5 @@ def mla_queries(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atten
         return rows.unflatten(-1, (num_heads, -1))
     heads = normalised(rows, mla.q_norm_weight, context.norm_eps, mla.q_head_weight.shape[1])
     maps: Tensor = mla.q_head_weight.unflatten(0, (num_heads, -1))  # type: ignore[no-untyped-call]
-    return torch.einsum("wthn,hqn->wthq", heads, maps)
+    mapped: Tensor = torch.einsum("wthn,hqn->wthq", heads, maps)
+    return mapped

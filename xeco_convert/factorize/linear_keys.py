@@ -1,4 +1,4 @@
-"""Linear keys in place of normalised ones (docs/conversion.md, Beyond plain attention): regression of the keys behind their norm on the input.
+"""Linear keys in place of normalised ones, by regression on the input (docs/conversion.md, "Beyond plain attention").
 
 A latent can only hold keys that are linear in the layer's input. QK-norm divides each key by its own rms, which varies from
 token to token; the best linear map is found by least squares over the calibration tokens, and its error reported.

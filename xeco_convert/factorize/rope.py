@@ -33,10 +33,14 @@ class RotaryComponents:
     decode: Tensor
 
 
-def rotary_components(source: SourceAttention, statistics: LayerStatistics, head_weight: Tensor) -> RotaryComponents:
+def rotary_components(
+    source: SourceAttention, statistics: LayerStatistics, head_weight: Tensor, *, one_per_frequency: bool = False
+) -> RotaryComponents:
     """Principal complex directions across groups of every frequency, weighted by how strongly the queries look at them.
 
     `head_weight` [H] turns a squared score error of a head into a squared output error (λ_h of docs/conversion.md).
+    `one_per_frequency`: the best component of each frequency first, fastest frequency first, as a stock rotary key has
+    them; then the others.
     """
     groups, half, rotated = source.num_key_value_heads, source.head_dim // 2, source.rotated
     width = groups * source.head_dim
@@ -53,6 +57,11 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
     root = weight_FG.sqrt().to(moments_FGG.dtype)
     eigenvalues, vectors = torch.linalg.eigh(root[:, :, None] * moments_FGG * root[:, None, :])
     gain, order = eigenvalues.clamp_min(0).flatten().sort(descending=True, stable=True)
+    if one_per_frequency:
+        best = torch.arange(rotated, device=order.device) * groups + groups - 1  # eigenvalues of a frequency rise
+        others = order[~torch.isin(order, best)]
+        order = torch.cat([best, others])
+        gain = eigenvalues.clamp_min(0).flatten()[order]
     gain = gain if largest > 0 else torch.zeros_like(gain)
     frequency = order // groups
     direction = vectors.transpose(1, 2).flatten(0, 1)[order]  # [G·F, G], one eigenvector a row

@@ -51,9 +51,10 @@ class FamilySpec:
     `attention` names the projections (q_proj, k_proj and v_proj, or one qkv_proj whose rows are "stacked" or "per_head", by
     `qkv_layout`), and the norms q_norm and k_norm where there are any. `ignored` are tensors that old files carry and the
     model does not read. Fields of config.json are named where a family has them: `embedding_scale` (or
-    "sqrt(hidden_size)"), `logits_divisor`, `logits_softcap`, `attention_softcap`, `nope_layers` (a list of 0 and 1, 0 for
-    a layer without rotation), `num_experts`. `norm_offset` is added to the stored weight of every norm.
-    `aliases`: fields and the other name that config.json may have for them.
+    "sqrt(hidden_size)"), `logits_divisor`, `logits_softcap`, `attention_softcap`, `attention_scale` (in place of
+    head_dim^-½), `residual_scale`, `nope_layers` (a list of 0 and 1, 0 for a layer without rotation), `num_experts`.
+    `norm_offset` is added to the stored weight of every norm. `not_portable`: why it cannot become a stock DeepSeek
+    model, if so. `aliases`: fields and the other name that config.json may have for them. Other fields: docs/adding_a_family.md.
     """
 
     model_type: str
@@ -85,6 +86,9 @@ class FamilySpec:
     sparse_tensors: Mapping[str, str] = field(default_factory=dict)
     dense_tensors: Mapping[str, str] = field(default_factory=dict)
     understood: tuple[str, ...] = ()
+    attention_scale: str = ""
+    residual_scale: str = ""
+    not_portable: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -227,6 +231,36 @@ class FamilySpec:
         return float(
             config.get("rms_norm_eps") or config.get("layer_norm_eps") or self.defaults.get("rms_norm_eps", 1e-6)
         )
+
+    def not_portable_because(self, config: Mapping[str, Any], biases: Sequence[str]) -> str | None:
+        """Why a model of this configuration cannot become stock DeepSeek-V3; `biases`: projections that have one."""
+        if self.not_portable:
+            return self.not_portable
+        if biases:
+            return f"its attention has biases ({', '.join(biases)}), which the engines drop or reject"
+        if self.completed(config).get("mlp_bias"):
+            return "its MLP has biases, for which the stock class has no place"
+        if self.window_in_use(config):
+            return f"it attends through a window of {config.get('sliding_window')} tokens, which the stock class does not do"
+        if config.get("hidden_act", "silu") != "silu":
+            return f"its activation is {config['hidden_act']}, and the engines take SiLU for granted"
+        return None
+
+    def softmax_scale(self, config: Mapping[str, Any]) -> float:
+        """What scores are multiplied by."""
+        stated = self.completed(config).get(self.attention_scale)
+        return float(self.geometry(config).head_dim ** -0.5 if stated is None else stated)
+
+    def rotary_width(self, config: Mapping[str, Any]) -> int:
+        """Rows of a head that rotated layers rotate: the width that rope_theta is over."""
+        return int(self.geometry(config).head_dim * self._partial_rotary_factor(config))
+
+    def window_in_use(self, config: Mapping[str, Any]) -> bool:
+        """Whether some layer attends through a sliding window."""
+        if config.get("sliding_window") is None or not config.get("use_sliding_window", True):
+            return False
+        types = config.get("layer_types")
+        return not isinstance(types, list) or "sliding_attention" in types
 
     def _check_unknown_fields(self, config: Mapping[str, Any]) -> None:
         """A field that looks like attention, that is set, and that this family does not know: converting would be a guess."""

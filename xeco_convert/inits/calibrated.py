@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.sampling import sample_windows
@@ -25,13 +26,14 @@ from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 from xeco_convert.factorize.linear_keys import KeyRegression
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 from xeco_convert.inits.base import ConvertedLayer, Progress, read_attention
 from xeco_convert.plan import ConversionPlan
 from xeco_convert.ranks import energy_ranks
-from xeco_convert.ranks.budget import Widths, candidate_widths, split_budget
+from xeco_convert.ranks.budget import Widths, candidate_widths, full_splits, same_widths, split_budget
 from xeco_convert.refine import LayerRefinement, RefineOptions
 
 _WINDOW_TOKENS = 512
@@ -134,13 +136,18 @@ class CalibratedInitialisation:
         average = budget / len(plan.converted_layers)
         full_rank = min(geometry.cache_width, geometry.hidden_size)
         rotated = max(item.kind.rotary_dim for item in plan.layers if item.shape is not None)
-        most_rope = geometry.num_key_value_heads * rotated
-        offers = candidate_widths(full_rank, most_rope, multiple, average)
+        most_rope = rotated if plan.options.portable else geometry.num_key_value_heads * rotated
+        if plan.options.portable:
+            offers = full_splits(full_rank, most_rope, multiple, int(average))
+        else:
+            offers = candidate_widths(full_rank, most_rope, multiple, average)
         survey = Survey(offers, average, self._windows)
         for view in self._surveyed_views(survey):
             source = self._source(view)
             survey.add(view, source, self._calibrated_layer(view, source))
         costs = survey.costs(view.inputs, self._stream.output_head())
+        if plan.options.portable:
+            return list(same_widths(costs, budget))
         return list(split_budget(costs, budget))
 
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
@@ -199,7 +206,12 @@ class CalibratedInitialisation:
                 accumulator.add(view.normed(view.inputs[part]), view.counts[part])
             kept = vars(accumulator.result())
             self._measurements.save(name, kept)
-        return CalibratedLayer(source, LayerStatistics(**kept).to(self._device), view.softmax_scale)
+        return CalibratedLayer(
+            source,
+            LayerStatistics(**kept).to(self._device),
+            view.softmax_scale,
+            one_per_frequency=self._plan.options.portable,
+        )
 
     def _convert(self, view: LayerView, converted: Tensor) -> ConvertedLayer:
         name = f"factors-{view.number}"
@@ -227,7 +239,7 @@ class CalibratedInitialisation:
         rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
         layer = self._calibrated_layer(view, source)
         exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
-        closed_form = exact.to(torch.float32)
+        closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
         factors = self._refitted(view, source, closed_form, converted)
         details: dict[str, Any] = {
             "expected_error": layer.expected_error(rank, rope),
@@ -236,6 +248,7 @@ class CalibratedInitialisation:
             "rope_index": list(exact.rope_index or ()),
             "spectrum": layer.latent_spectrum(rope).tolist(),
             **self._with_linear_keys(view, source)[1],
+            **norm,
         }
         if self._plan.options.refine:
             refined = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options()).run(
@@ -244,6 +257,21 @@ class CalibratedInitialisation:
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
         return factors, layer.errors(rank, rope), details
+
+    @torch.no_grad()
+    def _with_steady_norm(self, view: LayerView, factors: MlaAttention) -> tuple[MlaAttention, dict[str, Any]]:
+        """The latent in the basis that its norm changes least, and how much it still does; nothing without a norm."""
+        if factors.latent_norm_weight is None:
+            return factors, {}
+        rank = factors.kv_b_weight.shape[1]
+        bias = None if factors.kv_a_bias is None else factors.kv_a_bias[:rank]
+        latents = []
+        for part in view.batches(view.inputs[: self._num_calibrated]):
+            counted = view.normed(view.inputs[part])[view.counts[part]]
+            latents.append(functional.linear(counted, factors.kv_a_weight[:rank], bias))
+        basis = steady_basis(torch.cat(latents), seed=self._plan.options.seed)
+        details = {"latent_norm_variation": basis.variation, "latent_norm_variation_before": basis.before}
+        return with_steady_basis(factors, basis), details
 
     def _refine_options(self) -> RefineOptions:
         options, layers = self._plan.options, len(self._plan.converted_layers)
