@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VARIANTS, build_checkpoint, random_ids
+from builders import ROPES, VARIANTS, build_checkpoint, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
@@ -72,6 +72,20 @@ def test_full_widths_are_the_source(
     made = after.generate(ids[:, :6], max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert made.shape == (2, 11)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("rope", [rope for rope in ROPES if rope != "default"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_full_widths_are_the_source_with_every_rotary_scaling(
+    variant: str, rope: str, tokens: Path, tmp_path: Path
+) -> None:
+    source = build_checkpoint(tmp_path / "in", variant, rope, tokenizer=True)
+    common = {"calibration": str(tokens), "calibration_tokens": 1024}
+    xeco_convert.convert(source, tmp_path / "out", rank=32, rope_dim=16, **common)
+    ids = random_ids(2, 15, seed=3)  # within the positions where the dynamic type keeps its frequencies
+    with torch.no_grad():
+        expected, found = loaded(source)(ids).logits, loaded(tmp_path / "out")(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -166,7 +180,7 @@ def test_refinement_lowers_the_held_out_error_or_keeps_the_start(
     )
     for layer in report.layers:
         errors = layer.details["refine_errors"]
-        assert set(errors) == {"start", "refit", "regression"}
+        assert set(errors) == {"start", "refit", "scores", "regression"}
         assert errors[layer.details["refine_kept"]] == min(errors.values())
     with torch.no_grad():
         assert bool(loaded(tmp_path / "out")(random_ids(1, 20)).logits.isfinite().all())

@@ -15,6 +15,7 @@ from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, split_up_projection
+from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
@@ -127,7 +128,7 @@ def test_the_same_seed_gives_the_same_weights(setting: Setting) -> None:
 def test_a_regression_that_fails_is_not_kept(rate: float, setting: Setting) -> None:
     """So large a rate ruins the weights, or makes them NaN: the best of the stages before is kept."""
     refined = refinement(setting, steps=5, learning_rate=rate).run(setting.start)
-    assert refined.kept in ("start", "refit")
+    assert refined.kept in ("start", "refit", "scores")
     assert refined.errors[refined.kept] == min(refined.errors.values())
     assert all(bool(tensor.isfinite().all()) for tensor in refined.factors.tensors().values())
 
@@ -137,6 +138,7 @@ def test_the_start_is_kept_where_nothing_is_better(setting: Setting, monkeypatch
         return mla.with_tensors({"o_weight": mla.o_weight * 3})
 
     monkeypatch.setattr(LayerRefinement, "_refit", lambda self, start: worse(start))
+    monkeypatch.setattr(ScoreRefit, "offers", lambda self: iter([worse(setting.start)]))
     monkeypatch.setattr(LayerRefinement, "_regress", lambda self, start, rate: worse(start))
     refined = refinement(setting).run(setting.start)
     assert refined.kept == "start" and refined.factors is setting.start
@@ -149,4 +151,4 @@ def test_the_regression_stops_by_the_clock(setting: Setting) -> None:
 def test_one_training_window_is_enough(setting: Setting) -> None:
     options = RefineOptions(steps=2)
     work = LayerRefinement(setting.view, setting.source, setting.view.inputs, 2, options)
-    assert work.run(setting.start).errors.keys() == {"start", "refit", "regression"}
+    assert work.run(setting.start).errors.keys() == {"start", "refit", "scores", "regression"}

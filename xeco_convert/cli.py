@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import click
 
 from xeco_convert import __version__
 from xeco_convert.command import run_command
-from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.errors import OptionError, OutputError, XecoWarning
 from xeco_convert.options import ConvertOptions
 from xeco_convert.report import format_cell
 
@@ -128,7 +129,7 @@ def convert_command(
         _show_plan(plan, on_stdout=False)
     from xeco_convert.conversion import convert
 
-    with _progress(quiet) as on_progress:
+    with _warnings(quiet), _progress(quiet) as on_progress:
         report = convert(source, output, options, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
@@ -208,7 +209,7 @@ def sweep_command(
     from xeco_convert.sweep import COLUMNS, parse_sizes, sweep, sweep_page
 
     sizes = parse_sizes(kv_sizes)
-    with _progress(quiet) as on_progress:
+    with _warnings(quiet), _progress(quiet) as on_progress:
         report = sweep(source, sizes, on_progress=on_progress, **fields)
     _write_json(json_file, report.to_dict())
     if html_file is not None:
@@ -378,6 +379,19 @@ def _widths_in_words(plan: ConversionPlan, shape: MlaShape) -> str:
     rank = f"{shape.kv_lora_rank}" if plan.ranks_are_final else f"by energy {plan.options.energy}"
     default = " (default)" if plan.options.rope_dim is None else ""
     return f"kv_lora_rank {rank}, qk_rope_head_dim {shape.qk_rope_head_dim}{default}"
+
+
+@contextmanager
+def _warnings(quiet: bool) -> Iterator[None]:
+    """Our own warnings as sentences on stderr, behind the progress bar; those of libraries as always."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", XecoWarning)
+        yield
+    for item in caught:
+        if not issubclass(item.category, XecoWarning):
+            warnings.showwarning(item.message, item.category, item.filename, item.lineno)
+        elif not quiet:
+            click.echo(f"warning: {item.message}", err=True)
 
 
 @contextmanager

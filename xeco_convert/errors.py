@@ -12,6 +12,10 @@ class XecoError(Exception):
     exit_code = 1
 
 
+class XecoWarning(UserWarning):
+    """Something that a conversion does on its own, and that the user should know: one sentence, as for errors."""
+
+
 class OptionError(XecoError):
     """An option or argument that cannot be served: change the command line."""
 

@@ -1,8 +1,9 @@
 """`--refine`: improves converted layers one at a time from unlabelled text (docs/conversion.md, steps 5 and 8).
 
 Each layer sees the hidden states that the converted layers below produce and aims at the source's own, so it also repairs
-what they got wrong; the error is taken after the layer's feed-forward part. First the closed-form refit of the value side
-on those inputs, then Adam on all of the layer's MLA weights. Whatever does best on held-out windows is kept.
+what they got wrong; the error is taken after the layer's feed-forward part. First the closed-form refits on those inputs:
+of the value side (W_UV and o_proj), then of the score side (W_UK and the queries) and the value side in turn. Then Adam on
+all of the layer's MLA weights. Whatever does best on held-out windows is kept.
 
 Letters: W windows, T tokens, X hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
 """
@@ -20,17 +21,21 @@ from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.forward import AttentionContext, mla_output, source_output
 from xeco_convert.factorize.refit import ValueRefit
+from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 
 _WARM_UP_STEPS = 10
 _LAST_RATE = 0.02  # of the cosine schedule, as a share of the learning rate
+_SCORE_TOKENS = 8192  # for the refit of the score side, which goes over them a dozen times
+_SCORE_ROUNDS = 2  # each linear about the last one's result
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefineOptions:
     """`learning_rate` is for float32 weights with balanced scales. A step takes `batch_tokens` tokens. `seconds` bounds one
-    attempt at a layer: its schedule then runs by the clock. (An attempt that fails is repeated once, four times slower.)"""
+    attempt at a layer: its schedule then runs by the clock. (An attempt that fails is repeated once, four times slower.)
+    `refit_scores`: whether W_UK and the queries are refitted in closed form before."""
 
     steps: int = 200
     learning_rate: float = 5e-3
@@ -38,12 +43,13 @@ class RefineOptions:
     held_out_windows: int = 8
     seconds: float | None = None
     seed: int = 0
+    refit_scores: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedLayer:
-    """The best of the stages; `errors`: held-out relative squared error after the layer by stage (start, refit,
-    regression); `kept`: the stage that `factors` come from."""
+    """The best of the stages; `errors`: held-out relative squared error after the layer by stage (start; refit: the value
+    side; scores: both sides; regression); `kept`: the stage that `factors` come from."""
 
     factors: MlaAttention
     errors: dict[str, float]
@@ -88,6 +94,9 @@ class LayerRefinement:
         stages = {"start": start, "refit": self._refit(start)}
         errors = {name: self.held_out_error(factors) for name, factors in stages.items()}
         kept = min(errors, key=lambda name: errors[name])
+        if self._options.refit_scores and _scores_are_plain(start, self._context):
+            stages["scores"], errors["scores"] = self._refit_both(stages[kept], errors[kept])
+            kept = "scores" if errors["scores"] < errors[kept] else kept
         for rate in (self._options.learning_rate, self._options.learning_rate / 4):
             stages["regression"] = self._regress(balance_scales(stages[kept], self._heads), rate)
             errors["regression"] = self.held_out_error(stages["regression"])
@@ -96,17 +105,62 @@ class LayerRefinement:
                 break  # else once more, four times slower
         return RefinedLayer(factors=stages[kept], errors=errors, kept=kept, seconds=time.monotonic() - began)
 
+    def probe(self, start: MlaAttention) -> tuple[MlaAttention, float]:
+        """The regression alone, once, for the survey of widths: the better of its result and the start, and the share of the
+        start's held-out error that is left."""
+        before = self.held_out_error(start)
+        factors = self._regress(balance_scales(start, self._heads), self._options.learning_rate)
+        after = self.held_out_error(factors)
+        return (factors, after / before) if after < before else (start, 1.0)
+
     @torch.no_grad()
     def _refit(self, start: MlaAttention) -> MlaAttention:
         """Value side by least squares, towards the source's hidden states after attention."""
         refit = ValueRefit(self._source, start, self._context)
         for part in self._parts(self._trained):
-            before = self._view.inputs[part]
-            output = source_output(self._source, self._view.normed(before), self._context)
-            inputs = self._inputs[part]
-            target = self._view.attention_target(before, output, inputs)
-            refit.add(self._view.normed(inputs), self._view.counts[part], target_WTX=target)
+            # the last eighth chooses the ridge, but something must be left to fit
+            held_out = part.start > 0 and part.stop > self._trained.stop - self._trained.stop // 8
+            refit.add(
+                self._view.normed(self._inputs[part]),
+                self._view.counts[part],
+                target_WTX=self._wanted(part),
+                held_out=held_out,
+            )
         return refit.result()
+
+    @torch.no_grad()
+    def _refit_both(self, start: MlaAttention, error: float) -> tuple[MlaAttention, float]:
+        """Score side, then value side, in turn as long as the held-out error falls; the result and its error."""
+        windows = slice(0, min(self._trained.stop, max(1, _SCORE_TOKENS // self._inputs.shape[1])))
+        tokens = [self._score_tokens(part) for part in self._parts(windows, 1)]
+        best, least = start, error
+        seconds = self._options.seconds
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        for _ in range(_SCORE_ROUNDS):
+            before = least
+            for factors in ScoreRefit(best, self._heads, self._context, tokens).offers():
+                found = self.held_out_error(factors)
+                if found < least:
+                    best, least = factors, found
+                if time.monotonic() > deadline:
+                    break
+            if least == before or time.monotonic() > deadline:
+                break
+            values = self._refit(best)
+            found = self.held_out_error(values)
+            if found < least:
+                best, least = values, found
+        return best, least
+
+    def _score_tokens(self, part: slice) -> ScoreTokens:
+        inputs, counts = self._view.normed(self._inputs[part]), self._view.counts[part]
+        return ScoreTokens(inputs=inputs, counts=counts, target=self._wanted(part))
+
+    def _wanted(self, part: slice) -> Tensor:
+        """What leads from the converted model's states to the source's hidden states after attention [w, T, X]."""
+        before = self._view.inputs[part]
+        output = source_output(self._source, self._view.normed(before), self._context)
+        return self._view.attention_target(before, output, self._inputs[part])
 
     @torch.no_grad()
     def held_out_error(self, factors: MlaAttention) -> float:
@@ -145,9 +199,15 @@ class LayerRefinement:
             optimizer.step()
         return start.with_tensors({name: tensor.detach() for name, tensor in parameters.items()})
 
-    def _parts(self, windows: slice) -> Iterator[slice]:
-        for first in range(windows.start, windows.stop, self._batch):
-            yield slice(first, min(first + self._batch, windows.stop))
+    def _parts(self, windows: slice, size: int | None = None) -> Iterator[slice]:
+        step = size or self._batch
+        for first in range(windows.start, windows.stop, step):
+            yield slice(first, min(first + step, windows.stop))
+
+
+def _scores_are_plain(mla: MlaAttention, context: AttentionContext) -> bool:
+    """Whether scores are linear in W_UK and in the query weights, which the refit of the score side takes for granted."""
+    return mla.q_norm_weight is None and context.logit_softcap is None
 
 
 def _shuffled(count: int, batch: int, seed: int) -> Iterator[Tensor]:

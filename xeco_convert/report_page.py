@@ -33,7 +33,7 @@ figure { margin: 1.5em 0; } figure svg { max-width: 100%; height: auto; } figcap
 """
 _MOST_POINTS = 200  # of each spectrum: a curve looks the same, and the page stays small
 _MOST_LABELS = 6
-_REFINE_STAGES = ("start", "refit", "regression")
+_REFINE_STAGES = ("start", "refit", "scores", "regression")
 _EXPECTED_AND_MEASURED = (
     ("expected_error", "expected"),
     ("closed_form_error", "closed form, measured"),
@@ -120,7 +120,7 @@ def _setting(report: ConversionReport) -> str:
         sentences.append(
             f"Step-0 quality: before any training, on {summary['fidelity']['num_tokens']:,} other tokens of the same text."
         )
-    return html_note(" ".join(sentences))
+    return "\n".join(html_note(text) for text in (" ".join(sentences), *summary.get("warnings", ())))
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[Any]]]:

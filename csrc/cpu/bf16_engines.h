@@ -74,6 +74,7 @@ XECO_INLINE void dot_last_rows(int64_t rows, int64_t pairs, const uint16_t* a, i
 template <int kVectors>
 XECO_INLINE void dot_panel(int64_t rows, int64_t pairs, const uint16_t* a, int64_t row_step, int64_t depth_step,
                            const uint16_t* b, float* c, int64_t c_stride, bool accumulate) {
+  constexpr int kRowBlock = kRowBlocks[kVectors];
   int64_t i = 0;
   for (; i + kRowBlock <= rows; i += kRowBlock)
     dot_block<kRowBlock, kVectors>(pairs, a + i * row_step, row_step, depth_step, b, c + i * c_stride, c_stride,

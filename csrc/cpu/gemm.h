@@ -9,13 +9,14 @@
 
 namespace xeco::XECO_ISA {
 
-// Rows of A that share one pass over the panel: as many accumulators as the registers hold.
+// Rows of A that share one pass over the panel: as many accumulators as the registers hold, and enough of them in flight
+// to hide the latency of a multiply-add where the panel is one vector wide.
 #if XECO_LANES == 16
-constexpr int kRowBlock = 12;
+constexpr int kRowBlocks[3] = {0, 12, 12};
 #elif XECO_LANES == 8
-constexpr int kRowBlock = 6;
+constexpr int kRowBlocks[3] = {0, 12, 6};
 #else
-constexpr int kRowBlock = 4;
+constexpr int kRowBlocks[3] = {0, 8, 4};
 #endif
 
 template <int kRows, int kVectors, bool kColumns>
@@ -59,6 +60,7 @@ template <int kVectors, bool kColumns>
 static void gemm_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
                        int64_t c_stride, bool accumulate) {
   const int64_t step = kColumns ? 1 : stride;
+  constexpr int kRowBlock = kRowBlocks[kVectors];
   int64_t i = 0;
   for (; i + kRowBlock <= rows; i += kRowBlock)
     gemm_block<kRowBlock, kVectors, kColumns>(depth, a + i * step, stride, b, c + i * c_stride, c_stride, accumulate);

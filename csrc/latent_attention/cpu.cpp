@@ -26,7 +26,9 @@ CpuKernels choose_kernels(const AttentionShape& shape) {
   const bool pairs = shape.dtype == Dtype::kBFloat16 && shape.rank % 2 == 0 && shape.rope % 2 == 0;
   if (pairs && level >= CpuLevel::kAmx) return amx_kernels();
   if (pairs && level >= CpuLevel::kAvx512Bf16) return avx512_bf16_kernels();
-  if (level >= CpuLevel::kAvx512) return avx512_kernels(shape.dtype);
+  // Few query rows leave half of a 16-lane vector empty; 8 lanes cost half as much then.
+  const bool few_rows = shape.num_queries * shape.num_heads <= 8;
+  if (level >= CpuLevel::kAvx512 && !few_rows) return avx512_kernels(shape.dtype);
   if (level >= CpuLevel::kAvx2) return avx2_kernels(shape.dtype);
 #else
   (void)level;
@@ -182,10 +184,10 @@ std::tuple<Tensor, Tensor> latent_attention_decode(Tensor q_latent, Tensor q_rop
 }
 
 // As many groups as rows of the queries outnumber the tokens, so that their sums take no more memory than the gradient of
-// the queries does; at most 32.
+// the queries does; at most 16.
 int64_t backward_groups(const AttentionShape& shape) {
   const int64_t rows = shape.num_queries * shape.num_heads, blocks = query_blocks(shape) / std::max<int64_t>(1, shape.batch);
-  const int64_t wanted = std::max<int64_t>(1, 32 / std::max<int64_t>(1, shape.batch));
+  const int64_t wanted = std::max<int64_t>(1, 16 / std::max<int64_t>(1, shape.batch));
   const int64_t affordable = rows / std::max<int64_t>(1, shape.num_tokens);
   return std::max<int64_t>(1, std::min({wanted, affordable, blocks}));
 }

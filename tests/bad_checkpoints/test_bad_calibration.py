@@ -11,6 +11,7 @@ import pytest
 from builders import build_checkpoint
 
 from xeco_convert.calibration import sampling
+from xeco_convert.cli import main
 
 Refuse = Callable[..., Any]
 
@@ -93,3 +94,26 @@ def test_a_work_folder_of_other_options(refuse: Refuse, source: Path, tmp_path: 
     (tmp_path / "work" / "run.json").write_text('{"fingerprint": "other"}')
     said = refuse(2, source, tmp_path / "out", "--rank", 8, "--quiet", "--work-dir", tmp_path / "work").sentence
     assert "holds results of another source or of other options" in said
+
+
+def test_text_of_another_script(refuse: Refuse, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("юг " * 900 + "w5 " * 900, encoding="utf-8")
+    said = refuse(1, source, tmp_path / "out", "--rank", 8, "--quiet", "--calibration", tmp_path / "a.txt").sentence
+    assert "the tokenizer maps 50% of" in said and "to its unknown token; give text in the model's own language" in said
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_text_that_leaves_directions_out_is_warned_of_by_layer(
+    quiet: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One token over and over: the inputs of the first layer are one vector. The conversion goes on, on a ridge."""
+    (tmp_path / "a.json").write_text(json.dumps([[7] * 64] * 40))
+    arguments = [source, tmp_path / "out", "--rank", 8, "--calibration", tmp_path / "a.json", *quiet]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert not stopped.value.code
+    said = capsys.readouterr().err
+    assert ("warning: layer 0: the calibration text reaches only 1 of the 32 directions" in said) is not bool(quiet)
+    report = json.loads((tmp_path / "out" / "xeco_report.json").read_text())
+    assert report["summary"]["warnings"][0].startswith("layer 0: the calibration text reaches only 1 of the 32")
+    assert "reaches only 1 of the 32" in (tmp_path / "out" / "xeco_report.html").read_text()

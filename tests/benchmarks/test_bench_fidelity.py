@@ -93,3 +93,38 @@ def test_slices_are_pythons() -> None:
     assert [list(range(9))[parse_slice(text)] for text in (":", "-2:", "3:5")] == [list(range(9)), [7, 8], [3, 4]]
     with pytest.raises(OptionError, match="expected a slice"):
         parse_slice("80")
+
+
+def test_baselines_and_every_way_to_calibrate_stand_in_one_table(
+    llama: Path, sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, output = tmp_path / "tokens.json", tmp_path / "fidelity.json"
+    ids = torch.randint(3, 60, (60, 64), generator=torch.Generator().manual_seed(1))
+    tokens.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    options = ["--calibration", str(tokens), "--calibration-part", "0:50", "--calibration-tokens", "1024", "2048"]
+    options += ["--refined-tokens", "1500", "--refine-steps", "2", "--init", *bench_fidelity.METHODS]
+    assert main([*arguments(llama, sequences), *options, "--kv", "12+4", "--json", str(output)]) == 0
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    found = [(row["init"], row["calibration_tokens"]) for row in rows]
+    assert found[:4] == [("paper", None), ("weights", None), ("transmla", 1024), ("transmla", 2048)]
+    assert found[4:6] == [("calibrated", 1024), ("calibrated", 2048)] and found[8:] == [("refined", 1536)]
+    assert [init for init, _ in found[6:8]] == ["sampled", "sampled"]
+    assert {row["kv_share"] for row in rows} == {0.5} and {row["widths"] for row in rows} == {"12 + 4"}
+    assert len({row["fidelity"]["kl"] for row in rows}) == len(rows)
+    assert "transmla" in capsys.readouterr().out
+
+
+def test_a_baseline_takes_no_share(llama: Path, sequences: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(llama, sequences), "--init", "weights", "--kv", "25%"]) == 2
+    assert "weights: expected rank+rope such as 24+8, found '25%'" in capsys.readouterr().err
+
+
+def test_presets_have_widths_for_their_baselines_and_bounds_for_their_sizes() -> None:
+    for name in ("stories260k-calibrated", "tinystories-gqa-calibrated"):
+        preset = PRESETS[name]
+        assert set(preset.pairs) == set(preset.kv)
+        for method in ("calibrated", "refined"):
+            assert {kv for made, kv in preset.bounds if made == method} == set(preset.kv)
+        assert {kv for _, kv in preset.aims} == set(preset.kv)
+        used = {(method, pair) for pairs in preset.pairs.values() for method, pair in pairs.items()}
+        assert set(preset.expected) <= used

@@ -1,49 +1,65 @@
 """A first pass over the source that finds what each layer's widths would cost at the model's output.
 
 For every layer: the error of its attention's output at each of the widths on offer, and the KL at the model's output that
-converting this layer alone causes. The latter needs no second pass: a copy of a few windows branches off at each layer and
-moves through the layers above beside the source's own hidden states.
+converting this layer alone causes. The latter needs no second pass: a copy of a few windows branches off at a layer and
+moves through the layers above beside the source's own hidden states. Where the layers will be refined, a short regression at
+a few of the widths shows what share of the error refinement leaves: layers differ by more than twice there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import LayerView, OutputHead
 from xeco_convert.calibration.windows import CalibrationWindows
-from xeco_convert.factorize.attention import SourceAttention
+from xeco_convert.factorize.attention import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.ranks.budget import Widths, without_rotation
 
-_BRANCH_TOKENS = 2048  # for the KL at the output
+_BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
+_MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
+_MOST_PROBES = 4  # totals at which a layer is refined for a look
+
+# Refines a layer for a look: the factors, and the share of their error that is left.
+Probe = Callable[[MlaAttention], tuple[MlaAttention, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Surveyed:
-    """One layer: the relative squared output error of every offer, and the offer that its branch was converted at."""
+    """One layer: the relative squared output error of every offer, and that of its branch; None where it has none."""
 
     errors: dict[Widths, float]
-    branch: Widths
+    branch_error: float | None
 
 
 class Survey:
     """Collects what the budget needs, layer by layer; `costs` is there after the last one.
 
-    `offers`: the widths to measure; `average`: cached numbers per token and layer that the budget allows.
+    `offers`: the widths to measure; `average`: cached numbers per token and layer that the budget allows; `layers`: numbers
+    of the layers to survey. Beyond 32 of them only as many, spread evenly, get a branch; the price of an error in the
+    others is interpolated between their neighbours.
     """
 
-    def __init__(self, offers: Sequence[Widths], average: float, windows: CalibrationWindows) -> None:
+    def __init__(
+        self, offers: Sequence[Widths], average: float, layers: Sequence[int], windows: CalibrationWindows
+    ) -> None:
         # by rotary width: each takes a decomposition of its own
         self._offers = sorted(offers, key=lambda offer: offer.qk_rope_head_dim)
         self._average = average
-        self._windows = windows.first(max(1, _BRANCH_TOKENS // windows.ids.shape[1]))
+        tokens = _BRANCH_TOKENS if len(layers) <= _MOST_BRANCHES // 2 else _BRANCH_TOKENS // 2
+        self._windows = windows.first(max(1, tokens // windows.ids.shape[1]))
+        places = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_BRANCHES)).round().astype(int))
+        self._branching = frozenset(layers[place] for place in places)
         self._layers: dict[int, _Surveyed] = {}
         self._branches: dict[int, Tensor] = {}
 
@@ -54,27 +70,34 @@ class Survey:
             branch.copy_(view.run(branch))
 
     @torch.no_grad()
-    def add(self, view: LayerView, source: SourceAttention, layer: CalibratedLayer) -> None:
-        """Survey one layer; called before the view moves on, after `advance_branches`."""
+    def add(self, view: LayerView, source: SourceAttention, layer: CalibratedLayer, probe: Probe | None = None) -> None:
+        """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
-
-        def converted(offer: Widths, normed: Tensor) -> Tensor:
-            factors = layer.factors(offer.kv_lora_rank, offer.qk_rope_head_dim).to(torch.float32)
-            return mla_output(factors, heads, normed, context)
-
         few = view.normed(view.inputs[: max(1, _ERROR_TOKENS // self._windows.ids.shape[1])])
         target = source_output(source, few, context)
-        errors = {
-            offer: float((converted(offer, few) - target).square().sum() / target.square().sum()) for offer in offers
-        }
+
+        def factors(offer: Widths) -> MlaAttention:
+            return layer.factors(offer.kv_lora_rank, offer.qk_rope_head_dim).to(torch.float32)
+
+        def error(offer: Widths) -> float:
+            lost = mla_output(factors(offer), heads, few, context) - target
+            return float(lost.square().sum() / target.square().sum())
+
+        errors = {offer: error(offer) for offer in offers}
         # the branch stands for what this layer will be: the best of those that take the average
-        nearest = min(abs(offer.total - self._average) for offer in offers)
-        average = [offer for offer in offers if abs(offer.total - self._average) == nearest]
-        branch = min(average, key=lambda offer: errors[offer])
-        hidden = view.inputs[: self._windows.ids.shape[0]]
-        self._branches[view.number] = view.run_with_attention(hidden, converted(branch, view.normed(hidden)))
-        self._layers[view.number] = _Surveyed(errors=errors, branch=branch)
+        branch = best_of_total(errors, self._average)
+        made = factors(branch)
+        if probe is not None:
+            refined = {offer: probe(factors(offer)) for offer in probed_offers(errors, branch)}
+            made = refined[branch][0]
+            errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()})
+        if view.number in self._branching:
+            hidden = view.inputs[: self._windows.ids.shape[0]]
+            attention = mla_output(made, heads, view.normed(hidden), context)
+            self._branches[view.number] = view.run_with_attention(hidden, attention)
+        branch_error = errors[branch] if view.number in self._branching else None
+        self._layers[view.number] = _Surveyed(errors=errors, branch_error=branch_error)
 
     def costs(self, final_hidden: Tensor, head: OutputHead) -> list[dict[Widths, float]]:
         """Expected KL of every offer for each surveyed layer, given the source's final hidden states [W, T, X].
@@ -83,9 +106,43 @@ class Survey:
         """
         ids, counts = self._windows.ids, self._windows.counts.to(final_hidden.device)
         source = final_hidden[: ids.shape[0]]
-        result = []
+        prices = {}
         for number, layer in self._layers.items():
-            kl = stream_fidelity(head, source, self._branches[number], ids, counts).kl
-            per_error = max(kl, 0.0) / max(layer.errors[layer.branch], 1e-12)
-            result.append({offer: per_error * error for offer, error in layer.errors.items()})
-        return result
+            if layer.branch_error is not None:
+                kl = stream_fidelity(head, source, self._branches[number], ids, counts).kl
+                prices[number] = max(kl, 0.0) / max(layer.branch_error, 1e-12)
+        return [
+            {offer: interpolated(prices, number) * error for offer, error in layer.errors.items()}
+            for number, layer in self._layers.items()
+        ]
+
+
+def best_of_total(errors: Mapping[Widths, float], total: float) -> Widths:
+    """The offer of least error among those whose sum of widths is nearest to `total`."""
+    nearest = min(abs(offer.total - total) for offer in errors)
+    return min((offer for offer in errors if abs(offer.total - total) == nearest), key=lambda offer: errors[offer])
+
+
+def probed_offers(errors: Mapping[Widths, float], branch: Widths) -> list[Widths]:
+    """The branch's offer, and the best of a few other sums of widths from the smallest to the largest."""
+    totals = sorted({offer.total for offer in errors} - {branch.total})
+    places = np.unique(np.linspace(0, len(totals) - 1, min(len(totals), _MOST_PROBES - 1)).round().astype(int))
+    return [branch, *(best_of_total(errors, totals[place]) for place in places if totals)]
+
+
+def refined_errors(errors: Mapping[Widths, float], left: Mapping[Widths, float]) -> dict[Widths, float]:
+    """Errors after refinement: those of the closed form times the share that it leaves, known at some sums of widths."""
+    by_total = {offer.total: share for offer, share in left.items()}
+    return {offer: error * interpolated(by_total, offer.total) for offer, error in errors.items()}
+
+
+def interpolated(known: Mapping[int, float], place: int) -> float:
+    """Between the known places in logarithms (linear where one is zero), beyond them the last one's."""
+    ordered = sorted(known)
+    if place <= ordered[0] or place >= ordered[-1]:
+        return known[min(max(place, ordered[0]), ordered[-1])]
+    low, high = next(pair for pair in pairwise(ordered) if pair[0] <= place <= pair[1])
+    share = (place - low) / (high - low)
+    if min(known[low], known[high]) <= 0:
+        return (1 - share) * known[low] + share * known[high]
+    return math.exp((1 - share) * math.log(known[low]) + share * math.log(known[high]))

@@ -23,7 +23,7 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
     Raises `CheckpointError` for a missing or empty source, records without such a field, too little text.
     """
     tokenizer = load_tokenizer(folder)
-    vocabulary = _vocabulary_size(folder)
+    vocabulary, unknown = _vocabulary_size(folder), _unknown_id(tokenizer)
     documents: list[list[int]] = []
     found = 0
     for record in islice(_records(calibration), _MOST_DOCUMENTS):
@@ -35,10 +35,10 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
         documents,
         length=max(1, min(length, max((len(document) for document in documents), default=1))),
         num_tokens=num_tokens,
-        special_ids=frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id},
+        special_ids=frozenset(tokenizer.all_special_ids) - {unknown},
         description=calibration,
     )
-    return windows.checked(tokenizer.unk_token_id)
+    return windows.checked(unknown)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -141,6 +141,16 @@ def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list
             f"--calibration: {calibration}: expected records with a field text, messages or input_ids, found {sorted(record)}."
         )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The token of what the tokenizer does not know: as declared, or else as its model uses it (many configurations are
+    silent about it); None where it knows everything."""
+    if tokenizer.unk_token_id is not None or not tokenizer.is_fast:
+        found: int | None = tokenizer.unk_token_id
+        return found
+    unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    return tokenizer.backend_tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
 
 
 def _vocabulary_size(folder: Path) -> int | None:

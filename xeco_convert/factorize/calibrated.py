@@ -17,6 +17,7 @@ from xeco_convert.factorize.statistics import LayerStatistics
 
 # Directions whose weight is this far below the largest are rounding of the calibration, not signal.
 _NEGLIGIBLE = 1e-12
+_UNREAD = 1e-6  # weight of query directions that no key reads, as a share of the mean
 _TINY = 1e-300  # in place of a reference that is zero: a layer that puts out nothing loses nothing
 
 
@@ -71,7 +72,13 @@ class CalibratedLayer:
         up = torch.cat([up_keys[..., :kv_lora_rank], up_values[..., :kv_lora_rank]], dim=1)
         joint_weight = torch.cat([source.k_weight, source.v_weight]).double()
         q_weight, q_bias, q_head = self._queries(self._query_maps(qk_rope_head_dim))
-        q_a, q_b = (None, None) if q_lora_rank is None else self._query_factors(q_weight, q_lora_rank)
+        q_a, q_b = None, None
+        if q_lora_rank is not None:
+            metric = self._query_metric(eigenvalues[:kv_lora_rank], up_keys[..., :kv_lora_rank], pairs)
+            if q_head is not None:  # what an error in front of the norm and the map costs, were the norm linear
+                q_head_HQd = q_head.view(source.num_attention_heads, -1, source.head_dim)
+                metric = q_head_HQd.transpose(1, 2) @ metric @ q_head_HQd
+            q_a, q_b = self._query_factors(q_weight, metric, q_lora_rank)
         return MlaAttention(
             q_weight=q_weight if q_a is None else None,
             q_a_weight=q_a,
@@ -198,14 +205,35 @@ class CalibratedLayer:
         rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]  # [P, d] each; none in NoPE layers
         return torch.cat([nope, torch.stack(rope)], dim=1)
 
-    def _query_factors(self, q_weight: Tensor, q_lora_rank: int) -> tuple[Tensor, Tensor]:
-        """Queries at low rank, in the metric of the inputs: the best approximation of E‖q − q̂‖²."""
+    def _query_metric(self, latent_power: Tensor, up_keys: Tensor, pairs: int) -> Tensor:
+        """[H, d + P, d + P]: λ_h E[k kᵀ] of the converted keys, what an error of a head's queries costs in output units.
+
+        `latent_power` [R]: E[c²], the latent's rows are uncorrelated. The rotation turns each rotary pair evenly through its
+        plane over the attended distances, and pairs are uncorrelated too: each row has half of its pair's power.
+        """
+        source, components = self._source, self._components
+        groups, width = source.num_key_value_heads, source.num_key_value_heads * source.head_dim
+        nope = (up_keys * latent_power) @ up_keys.transpose(1, 2)  # [G, d, d]
+        rows = real_rows(components.encode[:pairs], components.frequency[:pairs], self._half)
+        power = ((rows @ self._statistics.attended[:width, :width]) * rows).sum(dim=1)
+        rope = power.view(2, pairs).mean(dim=0).repeat(2)
+        metric = torch.stack([torch.block_diag(nope[group], rope.diag()) for group in range(groups)])
+        metric = self._head_weight[:, None, None] * metric.repeat_interleave(source.heads_per_group, dim=0)
+        # what no key reads costs nothing, and is still worth keeping where there is room: refinement may read it
+        mean = metric.diagonal(dim1=1, dim2=2).mean().clamp_min(_TINY)
+        return metric + _UNREAD * mean * torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+
+    def _query_factors(self, q_weight: Tensor, metric: Tensor, q_lora_rank: int) -> tuple[Tensor, Tensor]:
+        """Queries at low rank: the best approximation of Σ_h E[(q_h − q̂_h)ᵀ metric_h (q_h − q̂_h)]."""
         inputs = self._statistics.inputs
         assert inputs is not None, "factorised queries need the second moments of the inputs"
         root, inverse = _roots(inputs[None])
-        left, values, right = torch.linalg.svd(q_weight @ root[0], full_matrices=False)
-        q_a = right[:q_lora_rank] @ inverse[0]
-        return q_a, left[:, :q_lora_rank] * values[:q_lora_rank]
+        outer, outer_inverse = _roots(metric)
+        heads = metric.shape[0]
+        weighted = (outer @ (q_weight @ root[0]).unflatten(0, (heads, -1))).flatten(0, 1)
+        left, values, right = torch.linalg.svd(weighted, full_matrices=False)
+        kept = (left[:, :q_lora_rank] * values[:q_lora_rank]).unflatten(0, (heads, -1))
+        return right[:q_lora_rank] @ inverse[0], (outer_inverse @ kept).flatten(0, 1)
 
 
 def _apply_heads(maps_HOd: Tensor, rows: Tensor) -> Tensor:

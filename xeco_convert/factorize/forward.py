@@ -94,18 +94,27 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
     rope = 2 * len(mla.rope_index or ())
     queries = mla_queries(mla, num_heads, x_WTX, context)
     q_nope, q_rope = queries.split([queries.shape[-1] - rope, rope], dim=-1)
-    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
-    c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
-    if mla.latent_norm_weight is not None:
-        c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
-    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
-    cos, sin = context.cos[..., columns], context.sin[..., columns]
+    c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
     w_uk, _ = split_up_projection(mla, num_heads)
     q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
     query_rows = torch.cat([q_latent, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))], dim=-1).transpose(1, 2)
     key_rows = torch.cat([c_kv, rotate(k_rope, cos, sin)], dim=-1).unsqueeze(1).expand(-1, num_heads, -1, -1)
     out = _attended(query_rows, key_rows, key_rows, context)
     return out.transpose(1, 2)[..., : c_kv.shape[-1]]
+
+
+def mla_compressed(
+    mla: MlaAttention, x_WTX: Tensor, context: AttentionContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents [W, T, R] (behind the latent norm), the shared rotary key [W, T, P] before rotation, and the layer's own
+    columns of cos and sin [1 or W, T, P]."""
+    rope = 2 * len(mla.rope_index or ())
+    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
+    c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
+    if mla.latent_norm_weight is not None:
+        c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
+    columns = torch.tensor((mla.rope_index or ()) * 2, device=x_WTX.device, dtype=torch.int64)
+    return c_kv, k_rope, context.cos[..., columns], context.sin[..., columns]
 
 
 def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
@@ -140,7 +149,8 @@ def mla_queries(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atten
         assert mla.q_a_weight is not None and mla.q_b_weight is not None
         rows = functional.linear(functional.linear(x_WTX, mla.q_a_weight), mla.q_b_weight, mla.q_bias)
     if mla.q_head_weight is None:
-        return rows.unflatten(-1, (num_heads, -1))
+        heads: Tensor = rows.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]
+        return heads
     heads = normalised(rows, mla.q_norm_weight, context.norm_eps, mla.q_head_weight.shape[1])
     maps: Tensor = mla.q_head_weight.unflatten(0, (num_heads, -1))  # type: ignore[no-untyped-call]
     mapped: Tensor = torch.einsum("wthn,hqn->wthq", heads, maps)

@@ -68,7 +68,8 @@ def _cost(turn: Tensor, coordinates: Tensor) -> Tensor:
     """Variation of the rms in these coordinates, and rounding that their inverse would amplify (1 where it is orthogonal)."""
     rows = turn.norm(dim=1)
     amplified = (torch.linalg.inv(turn) * rows[None]).square().sum() / turn.shape[0]
-    return _variation(coordinates @ turn.T) + _ROUNDING * amplified
+    cost: Tensor = _variation(coordinates @ turn.T) + _ROUNDING * amplified
+    return cost
 
 
 def with_steady_basis(mla: MlaAttention, basis: SteadyBasis) -> MlaAttention:

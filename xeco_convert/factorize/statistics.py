@@ -8,6 +8,7 @@ Letters as in forward.py.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from xeco_convert.factorize.attention import SourceAttention
 from xeco_convert.factorize.forward import AttentionContext, source_probabilities, source_projections
+
+# Inputs vary less than this share of the strongest direction where the calibration did not see any.
+_UNSEEN = 1e-10
+# In place of what was not seen: inputs of this share of the mean variance, in all directions.
+_RIDGE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,8 @@ class LayerStatistics:
     `rotation` [H, d/2] complex: mean of e^{-jθ(t-s)} (times the rotary type's scaling) over the pairs (t, s) that the head
     looks at, weighted by how much; `rotation_scale` [d/2]: that scaling, squared. `overlap` [H, H]: cosine of the heads'
     attention weights, 1 where two heads look at the same tokens. `inputs` [X, X]: E[x xᵀ], only where queries are
-    factorised too.
+    factorised too. `unseen`: of the `directions` that keys and values have, how many the calibration tokens do not reach
+    (`regularised`).
     """
 
     attended: Tensor
@@ -38,11 +45,50 @@ class LayerStatistics:
     overlap: Tensor
     num_tokens: int
     inputs: Tensor | None = None
+    directions: int = 0
+    unseen: int = 0
 
     def to(self, device: torch.device | str) -> LayerStatistics:
         """The same on another device."""
         moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in vars(self).items()}
         return LayerStatistics(**moved)
+
+    def regularised(self, source: SourceAttention) -> LayerStatistics:
+        """The statistics with `directions` and `unseen`; where some are unseen, with a ridge in their place.
+
+        Keys and values are linear in the inputs, so their second moments W Σ_x Wᵀ (bias included) have the rank of W unless
+        the tokens leave directions of the inputs out. Those would come in no order and with no weight: the ridge adds inputs
+        of a millionth of the mean variance in all directions, as if Σ_x had it on its diagonal.
+        """
+        joint = torch.cat([_with_bias(source.k_weight, source.k_bias), _with_bias(source.v_weight, source.v_bias)])
+        gram = joint @ joint.T
+        gains, vectors = torch.linalg.eigh(gram)
+        there = gains > _UNSEEN * gains[-1].clamp_min(1e-300)
+        white = vectors[:, there] / gains[there].sqrt()
+        seen = torch.linalg.eigvalsh(white.T @ self.attended @ white)
+        directions = int(there.sum())
+        unseen = int((seen <= _UNSEEN * seen[-1]).sum()) if directions else 0
+        if unseen == 0:
+            return dataclasses.replace(self, directions=directions)
+        ridge = _RIDGE * float(seen.mean())
+        queries_HdX = _with_bias(source.q_weight, source.q_bias).unflatten(0, (source.num_attention_heads, -1))
+        inputs = self.inputs
+        if inputs is not None:
+            inputs = inputs + ridge * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
+        return dataclasses.replace(
+            self,
+            attended=self.attended + ridge * gram,
+            values=self.values + ridge * gram[-self.values.shape[0] :, -self.values.shape[0] :],
+            queries=self.queries + ridge * queries_HdX @ queries_HdX.transpose(1, 2),
+            inputs=inputs,
+            directions=directions,
+            unseen=unseen,
+        )
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The map from (x, 1), float64."""
+    return weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
 
 
 class StatisticsAccumulator:

@@ -7,6 +7,7 @@ convert. Beside the source's hidden states go those of the converted model, for 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch.nn import functional
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.sampling import sample_windows
 from xeco_convert.calibration.stream import LayerView, SourceStream
-from xeco_convert.calibration.survey import Survey
+from xeco_convert.calibration.survey import Probe, Survey
 from xeco_convert.calibration.text import read_windows
 from xeco_convert.calibration.windows import LEAST_TOKENS, CalibrationWindows
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.checkpoint import TensorReader
+from xeco_convert.errors import XecoWarning
 from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
@@ -38,6 +40,9 @@ from xeco_convert.refine import LayerRefinement, RefineOptions
 
 _WINDOW_TOKENS = 512
 _MEASURED_WINDOWS = 8
+_PROBE_WINDOWS = 32  # for the short regressions of the survey
+_PROBE_HELD_OUT = 4
+_PROBE_SHARE = 0.05  # of a layer's time, where that is limited, for each of them
 _SURVEY_SHARE = 0.4  # of the work, where there is a survey: for the progress bar
 
 
@@ -66,6 +71,7 @@ class CalibratedInitialisation:
         self._num_calibrated = self._calibrated_windows()
         self._stream = SourceStream(plan, self._windows, device)
         self._fidelity: Fidelity | None = None
+        self._warned: dict[int, str] = {}
 
     def _calibrated_windows(self) -> int:
         """How many windows to calibrate on: those asked for; the others, or else an eighth of all, are for measuring."""
@@ -114,6 +120,7 @@ class CalibratedInitialisation:
             "calibration": self._windows.description,
             "calibration_tokens": int(self._windows.counts[: self._num_calibrated].sum()),
             "fidelity": None if self._fidelity is None else dataclasses.asdict(self._fidelity),
+            **({"warnings": [self._warned[layer] for layer in sorted(self._warned)]} if self._warned else {}),
         }
 
     def _widths_by_energy(self, energy: float) -> list[Widths]:
@@ -141,14 +148,28 @@ class CalibratedInitialisation:
             offers = full_splits(full_rank, most_rope, multiple, int(average))
         else:
             offers = candidate_widths(full_rank, most_rope, multiple, average)
-        survey = Survey(offers, average, self._windows)
+        survey = Survey(offers, average, plan.converted_layers, self._windows)
         for view in self._surveyed_views(survey):
             source = self._source(view)
-            survey.add(view, source, self._calibrated_layer(view, source))
+            probe = self._probe(view, source) if plan.options.refine else None
+            survey.add(view, source, self._calibrated_layer(view, source), probe)
         costs = survey.costs(view.inputs, self._stream.output_head())
         if plan.options.portable:
             return list(same_widths(costs, budget))
         return list(split_budget(costs, budget))
+
+    def _probe(self, view: LayerView, source: SourceAttention) -> Probe:
+        """A short regression on the source's own hidden states, to see what refinement will make of some widths."""
+        options = self._refine_options()
+        seconds = None if options.seconds is None else options.seconds * _PROBE_SHARE
+        short = dataclasses.replace(
+            options,
+            steps=max(1, options.steps // 5),
+            batch_tokens=options.batch_tokens // 2,
+            held_out_windows=_PROBE_HELD_OUT,
+            seconds=seconds,
+        )
+        return LayerRefinement(view, source, view.inputs, min(_PROBE_WINDOWS, self._num_calibrated), short).probe
 
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
         """The converted layers of a first pass."""
@@ -204,14 +225,22 @@ class CalibratedInitialisation:
             accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
             for part in view.batches(view.inputs[: self._num_calibrated]):
                 accumulator.add(view.normed(view.inputs[part]), view.counts[part])
-            kept = vars(accumulator.result())
+            kept = vars(accumulator.result().regularised(source))
             self._measurements.save(name, kept)
-        return CalibratedLayer(
-            source,
-            LayerStatistics(**kept).to(self._device),
-            view.softmax_scale,
-            one_per_frequency=self._plan.options.portable,
+        statistics = LayerStatistics(**kept).to(self._device)
+        self._warn_of_unseen(view.number, statistics)
+        return CalibratedLayer(source, statistics, view.softmax_scale, one_per_frequency=self._plan.options.portable)
+
+    def _warn_of_unseen(self, layer: int, statistics: LayerStatistics) -> None:
+        """Once for each layer whose statistics needed the ridge."""
+        if statistics.unseen == 0 or layer in self._warned:
+            return
+        self._warned[layer] = (
+            f"layer {layer}: the calibration text reaches only {statistics.directions - statistics.unseen} of the "
+            f"{statistics.directions} directions of keys and values; a small ridge stands in for the others. "
+            "Give more, or more varied, text."
         )
+        warnings.warn(self._warned[layer], XecoWarning, stacklevel=2)
 
     def _convert(self, view: LayerView, converted: Tensor) -> ConvertedLayer:
         name = f"factors-{view.number}"

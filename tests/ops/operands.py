@@ -1,0 +1,151 @@
+"""Inputs of the ops, plain torch in their dtype to compare with, and the rule of how much error is allowed.
+
+Letters: B batch, Q query tokens, T cached tokens, H heads, R kv_lora_rank, P qk_rope_head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xeco_convert.ops.latent_attention import visible_tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Sizes(NamedTuple):
+    """One shape of the problem."""
+
+    Q: int
+    T: int
+    H: int
+    R: int
+    P: int
+    B: int = 2
+
+    @property
+    def num_terms(self) -> int:
+        """Terms of the longest chain of sums behind one number."""
+        return self.R + self.P + self.T
+
+    @property
+    def softmax_scale(self) -> float:
+        return 1.3 / (self.R + self.P) ** 0.5
+
+
+# 0 and 1 tokens, lengths that fill no tile, widths that are no multiple of any register, one head and many
+SIZES = [
+    Sizes(1, 1, 1, 16, 16),
+    Sizes(1, 129, 32, 128, 32, 1),
+    Sizes(1, 129, 3, 512, 128),
+    Sizes(1, 700, 3, 24, 8),
+    Sizes(0, 7, 3, 16, 16),
+    Sizes(3, 0, 3, 16, 16),
+    Sizes(7, 7, 3, 24, 8),
+    Sizes(5, 129, 3, 7, 2),
+    Sizes(129, 129, 3, 16, 16, 1),
+    Sizes(4, 7, 32, 64, 64),
+    Sizes(33, 65, 5, 320, 64, 1),
+    Sizes(2, 129, 3, 48, 96),
+    Sizes(2, 3, 3, 1, 2),
+    Sizes(2, 3, 3, 16, 16, 0),
+]
+COMMON = Sizes(7, 129, 3, 24, 8)
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """q_latent, q_rope, c_kv, k_rope: the same numbers for every dtype, up to its rounding."""
+    generator = torch.Generator().manual_seed(seed + 1000 * sizes.Q + sizes.T)
+    shapes = [
+        (sizes.B, sizes.Q, sizes.H, sizes.R),
+        (sizes.B, sizes.Q, sizes.H, sizes.P),
+        (sizes.B, sizes.T, sizes.R),
+        (sizes.B, sizes.T, sizes.P),
+    ]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+# What queries see: options of latent_attention for a batch of 2, Q = 7, T = 129.
+RULES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "everything": {"causal": False},
+    "left padding": {"starts": torch.tensor([0, 77])},
+    "left padding up to and beyond the first queries": {"starts": torch.tensor([122, 126])},
+    "right padding": {"ends": torch.tensor([129, 125])},
+    "both paddings, no causal order": {
+        "starts": torch.tensor([3, 70]),
+        "ends": torch.tensor([64, 129]),
+        "causal": False,
+    },
+    "positions in a longer cache": {"query_positions": torch.tensor([20, 63])},
+    "positions before the cache": {"query_positions": torch.tensor([-3, -9])},
+    "positions behind the cache": {"query_positions": torch.tensor([400, 126])},
+    "window": {"window": 11},
+    "window of one": {"window": 1},
+    "window, padding and positions": {
+        "window": 30,
+        "starts": torch.tensor([0, 50]),
+        "ends": torch.tensor([100, 129]),
+        "query_positions": torch.tensor([96, 60]),
+    },
+    "an empty range": {"starts": torch.tensor([60, 0]), "ends": torch.tensor([60, 129])},
+    "soft-cap": {"softcap": 1.5},
+    "soft-cap, window and padding": {"softcap": 0.7, "window": 50, "starts": torch.tensor([100, 2])},
+}
+
+
+def schema_order(sizes: Sizes, rule: dict[str, Any]) -> list[Any]:
+    """The rule as the op itself takes it."""
+    return [
+        rule.get("starts"),
+        rule.get("ends"),
+        rule.get("query_positions"),
+        sizes.softmax_scale,
+        rule.get("causal", True),
+        rule.get("window", 0),
+        rule.get("softcap", 0.0),
+    ]
+
+
+def plain_torch(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What plain torch gives in the dtype of the inputs: matrix products in it, softmax in float32 or better."""
+    q_latent, q_rope, c_kv, k_rope = tensors
+    starts, ends, positions, scale, causal, window, softcap = schema_order(sizes, rule)
+    visible = visible_tokens(q_latent, c_kv, starts, ends, positions, causal, window).unsqueeze(1)
+    scores = torch.einsum("bqhr,btr->bhqt", q_latent, c_kv) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    weights = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(dim=-1).masked_fill(~visible, 0.0)
+    return torch.einsum("bhqt,btr->bqhr", weights.to(q_latent.dtype), c_kv), lse
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def assert_as_good_as_plain(
+    fast: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype, num_terms: int
+) -> None:
+    """error(fast) ≤ 2 · error(plain torch in the same dtype), both against float64, as root mean squares.
+
+    Always allowed, relative to the largest of the results: half a unit in the last place of the dtype (one token: plain
+    torch is exact by luck), and the rounding of float32 sums of num_terms = R + P + T terms one after another, ε·√n/4.
+    The latter matters for float32 alone, where BLAS adds few long rows in parts: observed without it, ratios from 1.0 to
+    2.1, and up to 3.5 (10 ε) for one query at R = 512.
+    """
+    rounding = max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps * num_terms**0.5 / 4)
+    floor = rounding * max(map(rms, exact))
+    for number, (one, other, right) in enumerate(zip(fast, plain, exact, strict=True)):
+        assert one.shape == right.shape
+        error, allowed = rms(one.double() - right), 2 * max(rms(other.double() - right), floor)
+        assert error <= allowed, f"result {number}: error {error:.3g}, allowed {allowed:.3g}, size {rms(right):.3g}"
+
+
+def finite(lse: Tensor) -> Tensor:
+    """lse with zeros for queries that see nothing, so that differences are numbers."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)

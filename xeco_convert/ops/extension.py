@@ -1,0 +1,113 @@
+"""The compiled kernels: imported once, on first use, and never needed.
+
+XECO_EXTENSION=path loads another build of the module (a sanitizer's, for one); XECO_CPU_LEVEL caps the instruction set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import warnings
+from types import ModuleType
+
+import torch
+
+from xeco_convert.errors import XecoError
+
+NAME = "xeco_convert._C"
+CPU_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KEPT_OUT = "attention runs in plain torch: slower, same results"
+
+
+class ExtensionError(XecoError, ImportError):
+    """A build of the extension, or a level of it, that was asked for by name and cannot be had."""
+
+
+class _State:
+    """What the first attempt to import has left: whether it was made, and what came of it."""
+
+    tried = False
+    module: ModuleType | None = None
+
+
+def extension() -> ModuleType | None:
+    """The module `xeco_convert._C`, whose import registers its kernels; None, after one warning, where it is missing.
+
+    Raises `ExtensionError` where XECO_EXTENSION or XECO_CPU_LEVEL names what is not there.
+    """
+    if not _State.tried:
+        _State.module = _import()
+        _State.tried = True
+    return _State.module
+
+
+def first_loaded_now() -> bool:
+    """Whether this very call imported the extension: the ops' plain kernels ask, and then call the op once more."""
+    return not _State.tried and extension() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernel_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no compiled kernel serves tensors of this device ("cpu", "cuda") and dtype, in words; None where one does.
+
+    Loads the extension if it is the one thing that is left to know.
+    """
+    if device_type != "cpu":
+        return f"there are no compiled kernels for {device_type} tensors"
+    if dtype not in CPU_DTYPES:
+        return f"the compiled kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if extension() is None:
+        return "the extension xeco_convert._C is not there"
+    return None
+
+
+def _import() -> ModuleType | None:
+    level, path = os.environ.get("XECO_CPU_LEVEL"), os.environ.get("XECO_EXTENSION")
+    if level and level not in CPU_LEVELS:
+        raise ExtensionError(f"XECO_CPU_LEVEL: expected one of {', '.join(CPU_LEVELS)}, found '{level}'")
+    if path:
+        return _checked(_from_file(path))
+    if importlib.util.find_spec(NAME) is None:
+        warnings.warn(
+            f"xeco_convert was installed without its extension; {_KEPT_OUT}. To build it: a C++ compiler, then "
+            "XECO_BUILD_EXT=1 pip install xeco-convert --no-binary xeco-convert",
+            stacklevel=2,
+        )
+        return None
+    try:
+        return _checked(importlib.import_module(NAME))
+    except ExtensionError:
+        raise
+    except ImportError as error:  # a torch older than the build's target, or another machine's file
+        warnings.warn(
+            f"xeco_convert._C does not load with torch {torch.__version__} ({error}); {_KEPT_OUT}", stacklevel=2
+        )
+        return None
+
+
+def _from_file(path: str) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(NAME, path)
+    spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        raise ExtensionError(f"XECO_EXTENSION: '{path}' could not be loaded as {NAME}: {error}") from error
+    sys.modules[NAME] = module
+    return module
+
+
+def _checked(module: ModuleType) -> ModuleType:
+    from xeco_convert import __version__
+
+    if module.version != __version__:
+        raise ExtensionError(
+            f"xeco_convert is version {__version__}, but its extension {module.__file__} was built from {module.version}; "
+            "build it again: pip install --no-build-isolation --editable ."
+        )
+    return module
