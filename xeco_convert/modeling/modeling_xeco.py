@@ -194,6 +194,8 @@ class LatentSelfAttention(nn.Module):
             return out, weights if call.needs_weights else None
         q_latent = self._to_latents(q_nope)
         if implementation == "fused":
+            if self.qk_rope_head_dim == 0:  # a layer without rotation: the kernels take at least one pair, here of zeros
+                q_rope, k_rope = functional.pad(q_rope, (0, 2)), functional.pad(k_rope, (0, 2))
             out_BQHR = fused.fused_attention(
                 q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, dtype=dtype, ranges=ranges
             )
