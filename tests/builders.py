@@ -6,19 +6,28 @@ in the average otherwise. Everything is seeded.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
+from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
+from xeco_convert.families import supported_model_types
+from xeco_convert.inits.base import read_attention
 from xeco_convert.modeling import code_files, family_config_class, family_model_class
 from xeco_convert.modeling.configuration_xeco import auto_map
+from xeco_convert.options import ConvertOptions
+from xeco_convert.plan import make_plan
 
 ORIGINAL_LENGTH = 16  # positions of the original model in the scaled rotary types
 VOCABULARY = 96
@@ -52,7 +61,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12},
+    "qwen3_bias": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "head_dim": 12, "num_experts": 3, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 20, "mlp_only_layers": [1], "norm_topk_prob": True},
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "sliding_window": None},
+    "gemma2": {
+        **{"model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 24, "sliding_window": 7},
+        **{"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "tie_word_embeddings": True},
+    },
+    "gemma3": {
+        **{"model_type": "gemma3_text", "head_dim": 12, "query_pre_attn_scalar": 24, "sliding_window": 7},
+        **{"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 9},
+    "phi3_partial": {"model_type": "phi3", "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+    "granite": {
+        **{"model_type": "granite", "attention_bias": True, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+        **{"logits_scaling": 2.0, "residual_multiplier": 0.6},
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "olmo2": {"model_type": "olmo2"},
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": None, "rotary_pct": 0.5},
+    "gpt_neox_sequential": {
+        **{"model_type": "gpt_neox", "num_key_value_heads": None, "rotary_pct": 1.0, "attention_bias": False},
+        "use_parallel_residual": False,
+    },
 }
+# Families whose keys are normalised: linear, and so exact, only up to a regression.
+KEY_NORM = ("qwen3", "qwen3_bias", "qwen3_moe", "gemma3", "olmo2")
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -72,9 +111,14 @@ ROPES: dict[str, dict[str, Any]] = {
 def source_config(variant: str, rope: str = "default", *, old_style: bool = False, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny source. `old_style` writes the rotary settings as transformers 4 did."""
     config = {**_SIZES, **VARIANTS[variant], **changes}
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config["model_type"]]
-    config["architectures"] = [f"{architecture}ForCausalLM"]
+    config = {name: value for name, value in config.items() if value is not None or name == "sliding_window"}
+    config["architectures"] = [f"{supported_model_types()[config['model_type']].class_prefix}ForCausalLM"]
     settings = {**ROPES[rope], "rope_theta": 100.0}  # a short period: 48 tokens go through many turns
+    for name in ("partial_rotary_factor", "rotary_pct"):
+        if name in config and not old_style:
+            settings["partial_rotary_factor"] = config.pop(name)
+    if config["model_type"] == "gemma3_text" and not old_style:
+        settings = {"full_attention": settings, "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
     if rope == "dynamic":
         config["max_position_embeddings"] = ORIGINAL_LENGTH  # longer texts change the frequencies
     if not old_style:
@@ -89,7 +133,8 @@ def source_config(variant: str, rope: str = "default", *, old_style: bool = Fals
 def source_model(variant: str = "llama", rope: str = "default", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A source model in float32 with random weights, biases and norms; `changes` are fields of its configuration."""
     config = source_config(variant, rope, **changes)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa").eval()
+    attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention).eval()
     randomise(model, seed)
     return model
 
@@ -100,14 +145,14 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     width = model.config.hidden_size
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
-            values = 1 + 0.2 * noise
+        if "norm" in name and name.endswith(".weight"):
+            values = (0.0 if "gemma" in model.config.model_type else 1.0) + 0.2 * noise
         elif name.endswith(".bias"):
             values = 0.5 * noise
-        elif "embed_tokens" in name:
+        elif "embed" in name:
             values = noise
         else:
-            strength = 1.4 if "q_proj" in name or "k_proj" in name else 1.0
+            strength = 1.4 if any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value")) else 1.0
             values = strength * noise / width**0.5
         parameter.data.copy_(values)
 
@@ -138,11 +183,17 @@ def build_checkpoint(
     return folder
 
 
-def stored_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """State dict as a checkpoint holds it: tied embeddings once."""
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+def stored_tensors(
+    model: PreTrainedModel, dtype: torch.dtype, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """State dict as a checkpoint holds it: tied embeddings once, experts one by one, names of the hub."""
+    state = dict(model.state_dict()) if state is None else state
+    if get_model_conversion_mapping(model, add_legacy=False):
+        state = revert_weight_conversion(model, state)
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
+        state.pop("embed_out.weight", None)
     return state
 
 
@@ -184,23 +235,51 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2), encoding="utf-8")
 
 
+def with_linear_keys(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, its norm of the keys (if it has one) taken out: the part of QK-norm that MLA can hold exactly."""
+    for layer in decoder(model).layers:
+        attention = getattr(layer, "self_attn", None)
+        if hasattr(attention, "k_norm"):
+            attention.k_norm = nn.Identity()
+    return model
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The model without its head."""
+    return model.base_model
+
+
 def source_attention(model: PreTrainedModel, layer: int, dtype: torch.dtype | None = None) -> SourceAttention:
-    """The weights of one attention layer of a source model, as the factorisations take them."""
-    decoder_layer = model.model.layers[layer]
-    attention = decoder_layer.self_attn
-    tensors = {}
-    for which in "qkvo":
-        projection = getattr(attention, f"{which}_proj")
-        for part in ("weight", "bias"):
-            tensor = getattr(projection, part)
-            tensors[f"{which}_{part}"] = None if tensor is None else tensor.detach().to(dtype or tensor.dtype)
-    return SourceAttention(
-        **tensors,
-        input_norm_weight=decoder_layer.input_layernorm.weight.detach(),
-        num_attention_heads=model.config.num_attention_heads,
-        num_key_value_heads=model.config.num_key_value_heads,
-        head_dim=attention.head_dim,
-    )
+    """The weights of one attention layer of a source model, as the factorisations take them: through files, as xeco-convert
+    reads them."""
+    attention = source_attentions(model)[layer]
+    if dtype is None:
+        return attention
+    moved = {name: value.to(dtype) for name, value in vars(attention).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(attention, **moved)
+
+
+def source_attentions(model: PreTrainedModel) -> list[SourceAttention]:
+    """The attention of every layer."""
+    state = dict(model.state_dict())
+    for index, layer in enumerate(decoder(model).layers):
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(getattr(attention, "k_norm", None), nn.Identity):
+            state[f"model.layers.{index}.self_attn.k_norm.weight"] = torch.ones(
+                attention.k_proj.out_features if model.config.model_type == "olmo2" else attention.head_dim
+            )
+    count = model.config.num_hidden_layers
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", json.loads(model.config.to_json_string(use_diff=False)))
+        write_weights(Path(folder), stored_tensors(model, torch.float32, state))
+        plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=1, layers=f"0-{count - 1}"))
+        reader = TensorReader(plan.index)
+        found = [read_attention(plan, reader, layer, torch.device("cpu")) for layer in range(count)]
+    linear = [getattr(getattr(layer, "self_attn", None), "k_norm", None) for layer in decoder(model).layers]
+    return [
+        item.with_linear_keys(item.k_weight, item.k_bias) if isinstance(norm, nn.Identity) else item
+        for item, norm in zip(found, linear, strict=True)
+    ]
 
 
 def random_attention(
@@ -241,19 +320,18 @@ def exact_model(source: PreTrainedModel, layers: list[int] | None = None) -> Pre
     chosen = range(count) if layers is None else layers
     state = dict(source.state_dict())
     entries: list[dict[str, Any] | None] = [None] * count
+    attentions = source_attentions(source)
+    family = supported_model_types()[source.config.model_type]
     for layer in chosen:
-        attention = source_attention(source, layer)
-        shape, factors = exact_shape(attention), exact_factors(attention)
-        entries[layer] = {
-            name: getattr(shape, name)
-            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_index", "biases")
-        }
-        module = f"model.layers.{layer}.self_attn."
+        shape, factors = exact_shape(attentions[layer]), exact_factors(attentions[layer])
+        entries[layer] = {key: value for key, value in shape.layer_fields().items() if key != "latent_norm"}
+        module = f"{family.module_name(layer)}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(module)}
         state.update({f"{module}{name}": tensor for name, tensor in factors.state_dict().items()})
     fields = {key: value for key, value in source.config.to_dict().items() if key != "model_type"}
     config = family_config_class(prefix)(**fields, mla_layers=[_plain(entry) for entry in entries])
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = source.config._attn_implementation
+    config.dtype = torch.float32
     model = family_model_class(prefix, "ForCausalLM")(config).eval()
     model.load_state_dict(state)
     return model

@@ -25,6 +25,7 @@ from xeco_convert.report import format_cell
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from xeco_convert.export import ExportReport
     from xeco_convert.factorize.shapes import MlaShape
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.report import ConversionReport
@@ -39,7 +40,8 @@ _EPILOG = """\b
 Also:
   xeco-convert inspect FOLDER    what a converted checkpoint is
   xeco-convert sweep IN          what each KV size would cost in quality; writes no checkpoint
-                                 (folders of these names are written ./inspect and ./sweep)
+  xeco-convert export OUT DEST   a converted checkpoint as stock DeepSeek-V3, for other engines
+                                 (folders of these names are written ./inspect, ./sweep and ./export)
 
 Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else."""
 
@@ -220,7 +222,71 @@ def sweep_command(
     click.echo(report.setting())
 
 
-_SUBCOMMANDS = {"inspect": inspect_command, "sweep": sweep_command}
+@click.command(context_settings={"max_content_width": 110})
+@click.argument("converted", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DEST", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "format_name", default="deepseek-v3", show_default=True, metavar="FORMAT", help="deepseek-v3, dense."
+)
+@click.option(
+    "--target",
+    default="transformers",
+    show_default=True,
+    metavar="ENGINE",
+    help="Choose widths that this engine takes: transformers, vllm, sglang or llama.cpp.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, metavar="N", help="Seed of sampling, where a norm has to be put in."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weight file.")
+@click.option("--overwrite", is_flag=True, help="Replace DEST if it exists.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the report here.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def export_command(
+    converted: Path, output: Path, format_name: str, json_file: Path | None, quiet: bool, **fields: Any
+) -> None:
+    """Write a converted checkpoint as a stock model that engines load without this package.
+
+    OUT is a folder that xeco-convert wrote (best with --portable); DEST the folder to write. transformers' own class loads the
+    result, and its logits and greedy text are compared with those of OUT; a mismatch is an error.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
+    from xeco_convert.export import ExportOptions, export_checkpoint
+
+    options = ExportOptions(format=format_name, **fields)
+    with _progress(quiet) as on_progress:
+        report = export_checkpoint(converted, output, options, on_progress=on_progress)
+    _write_json(json_file, report.to_dict())
+    if not quiet:
+        _show_export(report, output)
+
+
+def _show_export(report: ExportReport, output: Path) -> None:
+    found = report.comparison
+    click.echo(
+        f"{output}: {report.format} for {report.target}: kv_lora_rank {report.kv_lora_rank}, qk_nope_head_dim "
+        f"{report.qk_nope_head_dim}, qk_rope_head_dim {report.qk_rope_head_dim}, v_head_dim {report.v_head_dim}"
+    )
+    click.echo(f"KV cache: {report.kv_numbers_before} -> {report.kv_numbers_after} numbers per token, all layers")
+    if report.norm_kl is not None:
+        click.echo(
+            f"latent norm: put in place, KL {format_cell(report.norm_kl)} nats per token, top-1 {report.norm_top1:.1%}; "
+            "convert with --portable to have it from the start"
+        )
+    click.echo(
+        f"against transformers' own class: logits differ by {found.logits_difference:.1e} of their standard deviation, greedy "
+        f"text equal for {found.greedy_agreement} of {found.greedy_tokens} tokens"
+    )
+
+
+_SUBCOMMANDS = {"inspect": inspect_command, "sweep": sweep_command, "export": export_command}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -246,7 +312,6 @@ def _make_plan(source: str, output: Path | None, options: ConvertOptions) -> Con
 
 def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as JSON types, as --dry-run --json writes it."""
-    kept = plan.geometry.cache_width
     headers = plan.output_headers()
     return {
         "model_type": plan.family.model_type,
@@ -256,10 +321,12 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
             {
                 "layer": item.layer,
                 "converted": item.shape is not None,
-                "kv_numbers_before": kept,
-                "kv_numbers_after": numbers,
+                "kv_numbers_before": before,
+                "kv_numbers_after": after,
             }
-            for item, numbers in zip(plan.layers, plan.kv_numbers_per_token(), strict=True)
+            for item, before, after in zip(
+                plan.layers, plan.source_kv_numbers_per_token(), plan.kv_numbers_per_token(), strict=True
+            )
         ],
         "weights_bytes": sum(header.num_bytes for header in headers),
         "num_tensors": len(headers),
@@ -281,9 +348,16 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
             f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {_widths_in_words(plan, shape)}, "
             f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
         )
-    kept = geometry.cache_width * (len(plan.layers) - len(plan.converted_layers))
-    before = geometry.cache_width * len(plan.layers)
+    numbers = plan.source_kv_numbers_per_token()
+    kept = sum(numbers[item.layer] for item in plan.layers if item.shape is None)
+    before = sum(numbers)
     after = sum(plan.kv_numbers_per_token()) if plan.kv_budget is None else min(before, plan.kv_budget + kept)
+    if plan.kept_windows:
+        window = plan.layers[plan.kept_windows[0]].window
+        lines.append(
+            f"{len(plan.kept_windows)} layers keep their sliding window of {window} tokens: their cache does not grow with "
+            f"the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
+        )
     bound = "" if plan.ranks_are_final else "at most "
     lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
     if after >= before:

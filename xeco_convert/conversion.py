@@ -136,7 +136,7 @@ class _Conversion:
         return cast
 
     def _layer_report(self, number: int, layer: ConvertedLayer | None) -> LayerReport:
-        kept = self._plan.geometry.cache_width
+        kept = self._plan.source_kv_numbers_per_token()[number]
         shape = self._plan.layers[number].shape
         return LayerReport(
             layer=number,

@@ -29,12 +29,18 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
         )
-    kept = family.geometry(config).cache_width
+    width = family.geometry(config).cache_width
+    kept = [
+        0 if entry is None and family.layer_kind(config, number).window is not None else width
+        for number, entry in enumerate(entries)
+    ]
     report = _report(Path(folder))
     errors = {row["layer"]: {key: row[key] for key in ("key_error", "value_error")} for row in report.get("layers", [])}
-    layers = [_layer(number, entry, kept, errors.get(number, {})) for number, entry in enumerate(entries)]
+    layers = [_layer(number, entry, kept[number], errors.get(number, {})) for number, entry in enumerate(entries)]
     stated = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
-    width = report.get("kv_bytes_per_number", stated)  # config.json may leave the dtype out; the report never does
+    number_bytes = report.get(
+        "kv_bytes_per_number", stated
+    )  # config.json may leave the dtype out; the report never does
     conversion = config.get("conversion") or {}
     return {
         "model_type": model_type,
@@ -42,8 +48,8 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "tool": conversion.get("tool", "an unknown version"),
         "source": conversion.get("source") or {"path": "an unrecorded source", "revision": None},
         "layers": layers,
-        "kv_bytes_before": kept * len(layers) * width,
-        "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * width,
+        "kv_bytes_before": sum(kept) * number_bytes,
+        "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * number_bytes,
     }
 
 

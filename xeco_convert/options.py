@@ -54,6 +54,11 @@ class ConvertOptions:
     q_rank: int | None = _option("q_lora_rank: also factorise the queries at this rank. [off]", metavar="N")
     fixed_ends: bool = _option("With --energy: first and last layer take --rank instead.", False)
     latent_norm: bool = _option("Put an RMSNorm on the latent (kv_a_layernorm), as DeepSeek does.", False)
+    portable: bool = _option(
+        "Keep to what stock DeepSeek-V3 can hold, so that `xeco-convert export` loses nothing: a latent norm, the same widths "
+        "in every layer, the fastest P/2 rotary frequencies once each.",
+        False,
+    )
     calibration: str | None = _option(
         "Text to calibrate on: .txt, .jsonl, .parquet (fields text or messages) or a data set's name. "
         "[sampled from the source model]",
@@ -121,6 +126,11 @@ class ConvertOptions:
             raise OptionError(
                 "--rank-multiple: expected an even number of at least 2, together with --kv-size; change the value."
             )
+
+    @property
+    def has_latent_norm(self) -> bool:
+        """Whether the latents get a norm."""
+        return self.latent_norm or self.portable
 
     def _rank_policies(self) -> dict[str, object]:
         names = ("rank", "energy", "kv_size", "kv_bytes_per_token")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
 from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.factorize.shapes import MlaShape
-from xeco_convert.families import AttentionGeometry, FamilySpec, family_for
-from xeco_convert.families.spec import PROJECTIONS
+from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
+from xeco_convert.families.spec import FUSED, PROJECTIONS
 from xeco_convert.options import ConvertOptions, parse_layers, parse_share
 from xeco_convert.ranks.budget import Widths, default_multiple, rope_step
 
@@ -28,6 +28,12 @@ class LayerPlan:
 
     layer: int
     shape: MlaShape | None
+    kind: LayerKind
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of a layer that keeps its attention because its cache does not grow beyond that."""
+        return self.kind.window if self.shape is None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class ConversionPlan:
         """Dtype of all weights written, in safetensors' words: the option's, or the source's first query projection's."""
         if self.options.dtype is not None:
             return _DTYPE_NAMES[self.options.dtype]
-        return self.index.headers[f"{self.projection('q_proj', 0)}.weight"].dtype
+        return self.index.headers[f"{self.projection(self.family.projections[0], 0)}.weight"].dtype
 
     def projection(self, which: str, layer: int) -> str:
         """Name of a source projection, without .weight."""
@@ -61,7 +67,7 @@ class ConversionPlan:
 
     def module_name(self, layer: int) -> str:
         """Name of the attention module that holds the projections."""
-        return self.projection("q_proj", layer).rpartition(".")[0]
+        return self.family.module_name(layer)
 
     def converted_headers(self, layer: int) -> list[TensorHeader]:
         """Tensors that replace the attention of a converted layer."""
@@ -77,8 +83,20 @@ class ConversionPlan:
 
     def kv_numbers_per_token(self) -> list[int]:
         """Numbers that each layer of the output caches per token."""
-        kept = self.geometry.cache_width
-        return [kept if plan.shape is None else plan.shape.cache_width for plan in self.layers]
+        return [
+            before if plan.shape is None else plan.shape.cache_width
+            for plan, before in zip(self.layers, self.source_kv_numbers_per_token(), strict=True)
+        ]
+
+    def source_kv_numbers_per_token(self) -> list[int]:
+        """The same of the source. A layer that keeps its sliding window counts nothing: its cache does not grow with the
+        text, and no conversion changes it."""
+        return [0 if plan.window is not None else self.geometry.cache_width for plan in self.layers]
+
+    @property
+    def kept_windows(self) -> tuple[int, ...]:
+        """Layers that keep their attention because of its sliding window."""
+        return tuple(plan.layer for plan in self.layers if plan.window is not None)
 
     def with_widths(self, widths: Sequence[Widths]) -> ConversionPlan:
         """The plan with the policy's choice, one for each converted layer."""
@@ -96,20 +114,20 @@ class ConversionPlan:
         layers = list(self.layers)
         shape = layers[layer].shape
         assert shape is not None
-        layers[layer] = LayerPlan(layer=layer, shape=dataclasses.replace(shape, rope_index=rope_index))
+        layers[layer] = dataclasses.replace(layers[layer], shape=dataclasses.replace(shape, rope_index=rope_index))
         return dataclasses.replace(self, layers=tuple(layers))
 
     @property
     def kv_budget(self) -> int | None:
         """Numbers per token that the converted layers may cache together; None where no KV size was asked for."""
-        options, width = self.options, self.geometry.cache_width
+        options, before = self.options, self.source_kv_numbers_per_token()
         if options.kv_size is not None:
-            total = int(parse_share(options.kv_size) * width * len(self.layers) + 1e-9)
+            total = int(parse_share(options.kv_size) * sum(before) + 1e-9)
         elif options.kv_bytes_per_token is not None:
             total = options.kv_bytes_per_token // DTYPE_BYTES[self.dtype]
         else:
             return None
-        return total - width * (len(self.layers) - len(self.converted_layers))
+        return total - sum(before[plan.layer] for plan in self.layers if plan.shape is None)
 
     @property
     def rank_multiple(self) -> int:
@@ -132,14 +150,18 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
             f"config.json: num_hidden_layers is {geometry.num_hidden_layers}, but the weights hold {len(index.headers)} tensors; "
             "the two do not belong together."
         )
-    chosen = _chosen_layers(options, geometry)
+    kinds = tuple(family.layer_kind(index.config, layer) for layer in range(geometry.num_hidden_layers))
+    chosen = _chosen_layers(options, geometry, kinds)
     dropped = _check_tensors(index, family)
     biases = _biases(index, family, options)
-    shape = _layer_shape(options, geometry, biases)
+    if options.portable:
+        _check_portable(index, family, biases, chosen, geometry)
+    if options.init == "paper":
+        _check_paper(family, geometry, kinds)
     converted = {
-        f"{family.attention[which].format(layer=layer)}.{part}"
+        f"{name.format(layer=layer)}.{part}"
         for layer in chosen
-        for which in PROJECTIONS
+        for name in family.attention.values()
         for part in ("weight", "bias")
     }
     headers = (header for name, header in index.headers.items() if name not in converted and name not in dropped)
@@ -150,8 +172,12 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
         geometry=geometry,
         options=options,
         layers=tuple(
-            LayerPlan(layer=layer, shape=shape if layer in chosen else None)
-            for layer in range(geometry.num_hidden_layers)
+            LayerPlan(
+                layer=layer,
+                shape=_layer_shape(options, geometry, biases, family, index, kind) if layer in chosen else None,
+                kind=kind,
+            )
+            for layer, kind in enumerate(kinds)
         ),
         copied=copied,
         dropped=dropped,
@@ -167,8 +193,9 @@ def _check_budget(plan: ConversionPlan) -> None:
     least = (plan.rank_multiple + rope_step(plan.rank_multiple)) * len(plan.converted_layers)
     if budget is None or budget >= least:
         return
-    kept = plan.geometry.cache_width * (len(plan.layers) - len(plan.converted_layers))
-    total = plan.geometry.cache_width * len(plan.layers)
+    before = plan.source_kv_numbers_per_token()
+    kept = sum(before[item.layer] for item in plan.layers if item.shape is None)
+    total = sum(before)
     smallest = least + kept
     flag = "--kv-size" if plan.options.kv_size is not None else "--kv-bytes-per-token"
     raise OptionError(
@@ -186,27 +213,66 @@ def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:
     )
 
 
-def _chosen_layers(options: ConvertOptions, geometry: AttentionGeometry) -> tuple[int, ...]:
+def _chosen_layers(options: ConvertOptions, geometry: AttentionGeometry, kinds: Sequence[LayerKind]) -> tuple[int, ...]:
+    """The layers of --layers; without it all, but for sliding windows that the family keeps."""
     everything = tuple(range(geometry.num_hidden_layers))
     if options.layers is None:
-        return everything
+        return tuple(layer for layer in everything if kinds[layer].window is None) or everything
     chosen = parse_layers(options.layers)
     if chosen[-1] > everything[-1]:
         raise OptionError(f"--layers: expected layers from 0 to {everything[-1]}, found {chosen[-1]}; change the list.")
     return chosen
 
 
-def _layer_shape(options: ConvertOptions, geometry: AttentionGeometry, biases: tuple[str, ...]) -> MlaShape:
+def _check_portable(
+    index: CheckpointIndex,
+    family: FamilySpec,
+    biases: tuple[str, ...],
+    chosen: Sequence[int],
+    geometry: AttentionGeometry,
+) -> None:
+    """Refuse what a stock DeepSeek model could not hold, before anything is computed."""
+    reason = family.not_portable_because(index.config, biases)
+    if reason is None and len(chosen) < geometry.num_hidden_layers:
+        reason = "some of its layers are to keep their attention, and a stock model has none but MLA"
+    if reason is not None:
+        raise OptionError(f"--portable: a {family.model_type} model cannot become DeepSeek-V3: {reason}; leave it out.")
+
+
+def _check_paper(family: FamilySpec, geometry: AttentionGeometry, kinds: Sequence[LayerKind]) -> None:
+    """The published initialisation knows linear keys that are rotated over the whole head, with one set of frequencies."""
+    reason = None
+    if family.has_key_norm:
+        reason = "whose keys are normalised, and so not linear in the weights that it factorises"
+    elif any(kind.rotary_dim != geometry.head_dim for kind in kinds) or family.partial_rotary:
+        reason = "that does not rotate whole heads in every layer"
+    if reason is not None:
+        raise OptionError(
+            f"--init paper: not for {family.model_type}, {reason}; use --init calibrated, which is the default."
+        )
+
+
+def _layer_shape(
+    options: ConvertOptions,
+    geometry: AttentionGeometry,
+    biases: tuple[str, ...],
+    family: FamilySpec,
+    index: CheckpointIndex,
+    kind: LayerKind,
+) -> MlaShape:
     """Widths of a converted layer; the rank is an upper bound where a policy chooses it."""
     dim, calibrated = geometry.head_dim, options.init == "calibrated"
     full_rank = min(geometry.cache_width, geometry.hidden_size)
-    most_rope = geometry.num_key_value_heads * dim if calibrated else dim
+    rotary_dim = kind.rotary_dim or dim  # a NoPE layer takes part in no check of the rotary width
+    most_rope = geometry.num_key_value_heads * rotary_dim if calibrated and not options.portable else rotary_dim
     full_q_rank = min(geometry.num_attention_heads * dim, geometry.hidden_size)
     _at_most("--rank", options.rank, full_rank, "the full rank of keys and values")
     _at_most("--rope-dim", options.rope_dim, most_rope, "all rotary rows" if calibrated else "head_dim")
     _at_most("--nope-dim", options.nope_dim, dim, "head_dim")
     _at_most("--q-rank", options.q_rank, full_q_rank, "the full rank of the queries")
-    rope_dim = options.rope_dim or (min(64, dim) if calibrated else max(2, dim // 4 * 2))
+    rope_dim = options.rope_dim or (min(64, most_rope) if calibrated else max(2, dim // 4 * 2))
+    if kind.rotary_dim == 0:
+        rope_dim = 0
     rank = full_rank if options.rank is None or options.energy is not None else options.rank
     nope_dim = dim if calibrated else dim - rope_dim
     return MlaShape(
@@ -217,10 +283,25 @@ def _layer_shape(options: ConvertOptions, geometry: AttentionGeometry, biases: t
         qk_rope_head_dim=rope_dim,
         v_head_dim=dim,
         q_lora_rank=options.q_rank,
-        latent_norm=options.latent_norm,
+        latent_norm=options.has_latent_norm,
         rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
+        q_norm=_query_norm(index, family, geometry),
+        logit_softcap=_logit_softcap(index, family),
     )
+
+
+def _query_norm(index: CheckpointIndex, family: FamilySpec, geometry: AttentionGeometry) -> str | None:
+    """How the source normalises queries, told by the width of the norm's weight."""
+    if "q_norm" not in family.attention:
+        return None
+    width = index.headers[f"{family.attention['q_norm'].format(layer=0)}.weight"].shape[0]
+    return "head" if width == geometry.head_dim else "all"
+
+
+def _logit_softcap(index: CheckpointIndex, family: FamilySpec) -> float | None:
+    value = family.completed(index.config).get(family.attention_softcap) if family.attention_softcap else None
+    return None if not value else float(value)
 
 
 def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:
@@ -232,7 +313,10 @@ def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:
 
 def _biases(index: CheckpointIndex, family: FamilySpec, options: ConvertOptions) -> tuple[str, ...]:
     """Projections of the converted layer that have a bias, given those of the source's first layer."""
-    present = {which: f"{family.attention[which].format(layer=0)}.bias" in index.headers for which in PROJECTIONS}
+    present = {
+        which: f"{family.attention.get(which, family.attention.get(FUSED, '')).format(layer=0)}.bias" in index.headers
+        for which in PROJECTIONS
+    }
     # the calibrated latent carries the biases of keys and values itself; the published one adds them after expansion
     key_value = () if not present["k_proj"] else ("kv_a",) if options.init == "calibrated" else ("kv_a", "kv_b")
     return (("q",) if present["q_proj"] else ()) + key_value + (("o",) if present["o_proj"] else ())
@@ -246,7 +330,7 @@ def _check_tensors(index: CheckpointIndex, family: FamilySpec) -> tuple[str, ...
     for name, header in index.headers.items():
         if name in expected:
             _check_header(header, expected[name], index)
-        elif family.is_ignored(name) or (tied and name == "lm_head.weight"):
+        elif family.is_ignored(name) or (tied and name == family.output_head):
             dropped.append(name)
         else:
             raise CheckpointError(

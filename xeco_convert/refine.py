@@ -101,7 +101,7 @@ class LayerRefinement:
         stages = {"start": start, "refit": self._refit(start)}
         errors = {name: self.held_out_error(factors) for name, factors in stages.items()}
         kept = min(errors, key=lambda name: errors[name])
-        if self._options.refit_scores:
+        if self._options.refit_scores and _scores_are_plain(start, self._context):
             stages["scores"], errors["scores"] = self._refit_both(stages[kept], errors[kept])
             kept = "scores" if errors["scores"] < errors[kept] else kept
         for rate in (self._options.learning_rate, self._options.learning_rate / 4):
@@ -166,8 +166,8 @@ class LayerRefinement:
     def _wanted(self, part: slice) -> Tensor:
         """What leads from the converted model's states to the source's hidden states after attention [w, T, X]."""
         before = self._view.inputs[part]
-        after = before + source_output(self._source, self._view.normed(before), self._context)
-        return after - self._inputs[part]
+        output = source_output(self._source, self._view.normed(before), self._context)
+        return self._view.attention_target(before, output, self._inputs[part])
 
     @torch.no_grad()
     def held_out_error(self, factors: MlaAttention) -> float:
@@ -212,6 +212,11 @@ class LayerRefinement:
             yield slice(first, min(first + step, windows.stop))
 
 
+def _scores_are_plain(mla: MlaAttention, context: AttentionContext) -> bool:
+    """Whether scores are linear in W_UK and in the query weights, which the refit of the score side takes for granted."""
+    return mla.q_norm_weight is None and context.logit_softcap is None
+
+
 def _shuffled(count: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Endless random batches of the window numbers below `count`, every window at most once in a pass."""
     generator = torch.Generator().manual_seed(seed)
@@ -230,8 +235,10 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     with a latent norm keeps the scales of its latent, which the norm sees.
     """
     rank, rope = mla.kv_b_weight.shape[1], mla.qk_rope_head_dim
-    query = mla.q_weight if mla.q_weight is not None else mla.q_b_weight
-    assert query is not None
+    name = (
+        "q_head_weight" if mla.q_head_weight is not None else "q_weight" if mla.q_weight is not None else "q_b_weight"
+    )
+    query = getattr(mla, name)
     q_HQX, kv_b_HUR = query.unflatten(0, (num_heads, -1)), mla.kv_b_weight.unflatten(0, (num_heads, -1))
     o_XHV = mla.o_weight.unflatten(1, (num_heads, -1))
     nope, width = q_HQX.shape[1] - rope, o_XHV.shape[2]
@@ -250,8 +257,9 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     down_R = torch.cat([latent_R, rope_P])
     query_HQ = torch.cat([1 / keys_H[:, None].expand(-1, nope), (1 / rope_P).expand(num_heads, -1)], dim=1).flatten()
     scaled = {
-        "q_weight" if mla.q_weight is not None else "q_b_weight": query * query_HQ[:, None],
-        "q_bias": None if mla.q_bias is None else mla.q_bias * query_HQ,
+        name: query * query_HQ[:, None],
+        # behind a norm the queries' own scale stays
+        "q_bias": mla.q_bias if mla.q_bias is None or mla.q_head_weight is not None else mla.q_bias * query_HQ,
         "kv_a_weight": mla.kv_a_weight * down_R[:, None],
         "kv_a_bias": None if mla.kv_a_bias is None else mla.kv_a_bias * down_R,
         "kv_b_weight": kv_b_HUR.flatten(0, 1) * up_HU[:, None],

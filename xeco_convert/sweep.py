@@ -111,7 +111,7 @@ def sweep(
     summary = run.summary
     return SweepReport(
         source=index.hub_id or index.folder.name,
-        kv_bytes_before=whole.geometry.cache_width * len(whole.layers) * DTYPE_BYTES[whole.dtype],
+        kv_bytes_before=sum(whole.source_kv_numbers_per_token()) * DTYPE_BYTES[whole.dtype],
         calibration=summary["calibration"],
         calibration_tokens=summary["calibration_tokens"],
         refine=whole.options.refine,
@@ -188,7 +188,7 @@ class _Sweep:
 
 
 def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:
-    numbers, before = sum(plan.kv_numbers_per_token()), plan.geometry.cache_width * len(plan.layers)
+    numbers, before = sum(plan.kv_numbers_per_token()), sum(plan.source_kv_numbers_per_token())
     shapes = [item.shape for item in plan.layers if item.shape is not None]
     return SweepPoint(
         kv_size=kv_size,

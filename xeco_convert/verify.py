@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xeco_convert.calibration.stream import source_config
+from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import VerificationError
 from xeco_convert.factorize import MlaAttention, MlaShape, SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
@@ -43,16 +44,19 @@ class LayerChecker:
 
             self._model: Any = AutoModel.from_config(self._config)
         self._rotary = type(self._model.rotary_emb)(config=self._config)
+        self._reader = TensorReader(plan.index)
 
     def check(self, layer: int, source: SourceAttention, factors: MlaAttention, shape: MlaShape) -> tuple[float, float]:
         """Relative output errors of (the exact form, the converted factors) of one layer, in float32 on the CPU.
 
+        Where the source normalises its keys, `source` holds the linear keys that stand for them, and both are compared with
+        the source's attention on these keys: what the keys themselves lose is in the report.
         Raises `VerificationError` where the exact form is not exact.
         """
         inputs = self._inputs(source, seed=layer)
-        expected = self._run(self._source_module(layer, source), inputs)
-        exact = self._run(self._latent_module(layer, exact_shape(source), exact_factors(source)), inputs)
-        converted = self._run(self._latent_module(layer, shape, factors), inputs)
+        expected = self._run(layer, self._source_module(layer, source), inputs)
+        exact = self._run(layer, self._latent_module(layer, exact_shape(source), exact_factors(source)), inputs)
+        converted = self._run(layer, self._latent_module(layer, shape, factors), inputs)
         exactness = float((exact - expected).norm() / expected.norm())
         if not exactness <= EXACTNESS_TOLERANCE:
             raise VerificationError(
@@ -68,32 +72,35 @@ class LayerChecker:
         return normal * source.input_norm_weight.float().cpu()
 
     @torch.no_grad()
-    def _run(self, attention: nn.Module, inputs: Tensor) -> Tensor:
+    def _run(self, layer: int, attention: nn.Module, inputs: Tensor) -> Tensor:
         positions = torch.arange(_NUM_TOKENS).unsqueeze(0)
-        rotation = self._rotary(inputs, positions)
-        mask = torch.ones(_NUM_TOKENS, _NUM_TOKENS, dtype=torch.bool).tril()[None, None]
+        of_type = (self._config.layer_types[layer],) if self._plan.family.rope_of_layer_type else ()
+        rotation = self._rotary(inputs, positions, *of_type)
+        visible = torch.ones(_NUM_TOKENS, _NUM_TOKENS, dtype=torch.bool).tril()[None, None]
+        # additive, which every implementation of attention takes
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         output, _ = attention(
-            hidden_states=inputs,
-            position_embeddings=rotation,
-            attention_mask=mask,
-            past_key_values=None,
-            position_ids=positions,
+            hidden_states=inputs, position_embeddings=rotation, attention_mask=mask, position_ids=positions
         )
         return output  # type: ignore[no-any-return]
 
     def _source_module(self, layer: int, source: SourceAttention) -> nn.Module:
-        module: nn.Module = type(self._model.layers[layer].self_attn)(self._config, layer).eval()
-        tensors = {
-            f"{which}_proj.{part}": getattr(source, f"{which}_{part}")
-            for which in "qkvo"
-            for part in ("weight", "bias")
-        }
-        module.load_state_dict({name: t.float().cpu() for name, t in tensors.items() if t is not None})
-        return module
+        """The source's own module with its stored weights; its norm of the keys replaced by the linear keys of `source`."""
+        skeleton = getattr(self._model.layers[layer], self._plan.family.module)
+        module: Any = type(skeleton)(self._config, layer).eval()
+        prefix = self._plan.module_name(layer)
+        names = list(module.state_dict())
+        module.load_state_dict({name: self._reader.read(f"{prefix}.{name}", dtype=torch.float32) for name in names})
+        if self._plan.family.has_key_norm:
+            module.k_norm = nn.Identity()
+            module.k_proj.weight.data.copy_(source.k_weight.float().cpu())
+            if source.k_bias is not None and module.k_proj.bias is not None:
+                module.k_proj.bias.data.copy_(source.k_bias.float().cpu())
+        return module  # type: ignore[no-any-return]
 
     def _latent_module(self, layer: int, shape: MlaShape, factors: MlaAttention) -> nn.Module:
         widths = MlaLayer(**shape.layer_fields())
-        original = self._model.layers[layer].self_attn
+        original = getattr(self._model.layers[layer], self._plan.family.module)
         module = LatentSelfAttention(self._config, original, widths, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})
         return module

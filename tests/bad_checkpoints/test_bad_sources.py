@@ -44,7 +44,7 @@ def assert_refused(refuse: Refuse, folder: Path, *words: str) -> None:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "unknown family": ({"model_type": "gemma2"}, ("'gemma2' is not a supported family", "llama", "mistral", "qwen2")),
+    "unknown family": ({"model_type": "gpt2"}, ("'gpt2' is not a supported family", "llama", "mistral", "qwen2")),
     "no family": ({"model_type": None}, ("expected a model_type, found None",)),
     "converted": ({"model_type": "xeco_llama"}, ("already converted", "xeco-convert inspect")),
     "quantised": (

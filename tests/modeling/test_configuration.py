@@ -34,7 +34,7 @@ def test_a_layer_survives_json(entry: dict[str, object]) -> None:
     [
         ({"kv_rank": 3}, r"unknown keys \['kv_rank'\]; this checkpoint needs a newer xeco-convert"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim even"),
-        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim even"),
+        ({"qk_rope_head_dim": -2}, "qk_rope_head_dim even"),
         ({"kv_lora_rank": 0}, "widths must be positive"),
         ({"v_head_dim": 0}, "widths must be positive"),
         ({"rope_index": [0, 1, 2]}, "expected 2 rope_index entries, found 3"),

@@ -7,6 +7,7 @@ batch of windows takes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
-from xeco_convert.factorize.forward import AttentionContext
+from xeco_convert.factorize.forward import AttentionContext, soft_capped
+from xeco_convert.families import FamilySpec
 from xeco_convert.plan import ConversionPlan
 
 BATCH_WINDOWS = 4
@@ -29,7 +31,8 @@ class LayerView:
     """One source layer on the calibration windows, while its weights are in memory.
 
     `inputs` [W, T, X] float32: the residual stream before the layer. `layer`: the source's decoder layer in float32.
-    `cos` and `sin` [1, T, d] and `mask` [1, 1, T, T] (boolean) are what it is called with.
+    `position_embeddings` and `mask` [1, 1, T, T] (boolean) are what it is called with; `cos` and `sin` [1, T, d] the same
+    tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built.
     """
 
     number: int
@@ -39,11 +42,20 @@ class LayerView:
     cos: Tensor
     sin: Tensor
     mask: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    family: FamilySpec
+    norm_eps: float
+    logit_softcap: float | None
 
     def context(self) -> AttentionContext:
         """What the attention is called with beside its input."""
         return AttentionContext(
-            cos=self.cos, sin=self.sin, mask=self.mask, softmax_scale=self.softmax_scale, norm_eps=self.norm_eps
+            cos=self.cos,
+            sin=self.sin,
+            mask=self.mask,
+            softmax_scale=self.softmax_scale,
+            norm_eps=self.norm_eps,
+            logit_softcap=self.logit_softcap,
         )
 
     def batches(self, hidden: Tensor) -> Iterator[slice]:
@@ -54,12 +66,14 @@ class LayerView:
     def run(self, inputs: Tensor) -> Tensor:
         """Output of the whole decoder layer on some windows [w, T, X]."""
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
+        mask = self.mask
+        if self.logit_softcap is not None:  # only transformers' eager attention caps scores; it adds its mask
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
         output = self.layer(
             inputs,
-            attention_mask=self.mask,
+            attention_mask=mask,
             position_ids=positions,
-            position_embeddings=(self.cos, self.sin),
-            past_key_values=None,
+            position_embeddings=self.position_embeddings,
             use_cache=False,
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output
@@ -67,39 +81,50 @@ class LayerView:
 
     def run_with_attention(self, inputs: Tensor, attention_output: Tensor) -> Tensor:
         """Output of the decoder layer on windows [w, T, X], had its attention given `attention_output` [w, T, X]."""
-        original = self.layer.self_attn
-        self.layer.self_attn = _Given(attention_output)
+        original = self.attention
+        setattr(self.layer, self.family.module, _Given(attention_output))
         try:
             return self.run(inputs)
         finally:
-            self.layer.self_attn = original
+            setattr(self.layer, self.family.module, original)
+
+    def attention_target(self, before: Tensor, attention_output: Tensor, inputs: Tensor) -> Tensor:
+        """What the attention should put out at `inputs` [w, T, X] so that the residual stream becomes what the source's
+        `attention_output` makes of `before`. Where a norm stands between, the source's own output."""
+        if self.family.post_attention_norm:
+            return attention_output
+        return before + attention_output - inputs
 
     @property
-    def norm_eps(self) -> float:
-        """Of the configuration (rms_norm_eps), which the latent's norm takes too."""
-        return float(self.layer.input_layernorm.variance_epsilon)  # type: ignore[union-attr,arg-type]
+    def attention(self) -> nn.Module:
+        """The source's attention module."""
+        module: nn.Module = getattr(self.layer, self.family.module)
+        return module
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.layer.self_attn.scaling)  # type: ignore[union-attr,arg-type]
+        return float(self.attention.scaling)  # type: ignore[arg-type]
 
     def normed(self, inputs: Tensor) -> Tensor:
-        """What the attention gets: the residual stream after the input norm."""
+        """What the attention gets: the residual stream after the input norm, where there is one."""
+        if not self.family.input_norm:
+            return inputs
         return self.layer.input_layernorm(inputs)  # type: ignore[operator,no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """Final norm and vocabulary projection [vocabulary, X] of the source, float32."""
+    """Final norm and vocabulary projection [vocabulary, X] of the source, float32; what it does to the logits after that."""
 
     norm: nn.Module
     weight: Tensor
+    divisor: float = 1.0
+    softcap: float | None = None
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] of hidden states [n, X]."""
-        result: Tensor = self.norm(hidden) @ self.weight.T
-        return result
+        return soft_capped(self.norm(hidden) @ self.weight.T / self.divisor, self.softcap)
 
 
 class _Given(nn.Module):
@@ -126,23 +151,25 @@ class SourceStream:
             from transformers import AutoModel
 
             self._skeleton: Any = AutoModel.from_config(self._config)
-        length = windows.ids.shape[1]
-        rotary = type(self._skeleton.rotary_emb)(config=self._config).to(device)
-        positions = torch.arange(length, device=device).unsqueeze(0)
-        self._cos, self._sin = rotary(torch.zeros(1, 1, 1, device=device), positions)
+        self._tables = _RotaryTables(plan, self._config, type(self._skeleton.rotary_emb), windows.ids.shape[1], device)
 
     def layers(self) -> Iterator[LayerView]:
         """Each layer with the hidden states before it. The view's tensors are valid until the next one is asked for."""
-        hidden = self._embedded()
+        hidden, family = self._embedded(), self._plan.family
         for number in range(self._plan.geometry.num_hidden_layers):
+            cos, sin = self._tables.whole_heads(number)
             view = LayerView(
                 number=number,
-                layer=self._loaded(self._skeleton.layers[number], f"model.layers.{number}."),
+                layer=self._loaded(self._skeleton.layers[number], family.layers.format(layer=number)),
                 inputs=hidden,
                 counts=self._windows.counts.to(self._device),
-                cos=self._cos,
-                sin=self._sin,
+                cos=cos,
+                sin=sin,
                 mask=self._mask(number),
+                position_embeddings=self._tables.of_layer(number),
+                family=family,
+                norm_eps=family.norm_eps(self._plan.index.config),
+                logit_softcap=attention_softcap(self._plan),
             )
             yield view
             with torch.no_grad():  # in place: the states before the layer are not needed again
@@ -151,33 +178,58 @@ class SourceStream:
             view.layer.to("meta")
 
     def output_head(self) -> OutputHead:
-        """What follows the last layer: final norm and vocabulary projection."""
-        norm = self._loaded(self._skeleton.norm, "model.norm.")
-        tied = "lm_head.weight" not in self._plan.index.headers or "lm_head.weight" in self._plan.dropped
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        weight = self._reader.read(name, dtype=torch.float32, device=self._device)
-        return OutputHead(norm=norm, weight=weight)
+        """What follows the last layer: final norm, vocabulary projection, and scale or cap of the logits."""
+        plan, family = self._plan, self._plan.family
+        name = family.final_norm.removesuffix(".").rpartition(".")[2]
+        norm = self._loaded(getattr(self._skeleton, name), family.final_norm)
+        tied = family.output_head not in plan.index.headers or family.output_head in plan.dropped
+        weight = self._reader.read(
+            family.embedding if tied else family.output_head, dtype=torch.float32, device=self._device
+        )
+        values = family.completed(plan.index.config)
+        softcap = values.get(family.logits_softcap)
+        return OutputHead(
+            norm=norm,
+            weight=weight,
+            divisor=float(values.get(family.logits_divisor) or 1.0),
+            softcap=None if softcap is None else float(softcap),
+        )
 
     def _embedded(self) -> Tensor:
         """Hidden states before the first layer [W, T, X]: only the rows of the tokens that occur are kept."""
         wanted, places = self._windows.ids.unique(return_inverse=True)
         rows = torch.zeros(wanted.numel(), self._plan.geometry.hidden_size)
         start = 0
-        for chunk in self._reader.read_chunks("model.embed_tokens.weight"):
+        for chunk in self._reader.read_chunks(self._plan.family.embedding):
             inside = (wanted >= start) & (wanted < start + chunk.shape[0])
             rows[inside] = chunk[wanted[inside] - start].float()
             start += chunk.shape[0]
-        return rows[places].to(self._device)
+        return self._embedding_scale() * rows[places].to(self._device)
+
+    def _embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first layer."""
+        rule = self._plan.family.embedding_scale
+        if rule == "sqrt(hidden_size)":
+            return math.sqrt(self._plan.geometry.hidden_size)
+        return float(self._plan.family.completed(self._plan.index.config).get(rule) or 1.0)
 
     def _loaded(self, skeleton: nn.Module, prefix: str) -> nn.Module:
         """A layer of the skeleton with its weights, float32."""
         module = skeleton.to_empty(device=self._device)
-        state = {
-            name: self._reader.read(f"{prefix}{name}", dtype=torch.float32, device=self._device)
-            for name in module.state_dict()
-        }
-        module.load_state_dict(state)
+        module.load_state_dict({name: self._read(f"{prefix}{name}") for name in module.state_dict()})
         return module.eval().requires_grad_(False)
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor under the name that the transformers class gives it, float32: experts are stored one by one."""
+        if name in self._plan.index.headers:
+            return self._reader.read(name, dtype=torch.float32, device=self._device)
+        parts = self._plan.family.expert_parts(name, self._plan.index.config)
+        experts = [[self._reader.read(part, dtype=torch.float32, device=self._device) for part in one] for one in parts]
+        return (
+            torch.stack([torch.cat(one) for one in experts])
+            if len(experts) > 1 or len(experts[0]) > 1
+            else experts[0][0]
+        )
 
     def _mask(self, layer: int) -> Tensor:
         length = self._windows.ids.shape[1]
@@ -186,6 +238,42 @@ class SourceStream:
         if window is not None:
             visible = visible.triu(diagonal=1 - window)
         return visible[None, None]
+
+
+class _RotaryTables:
+    """cos and sin [1, T, rotary_dim] of the source for every type of layer, and widened to whole heads."""
+
+    def __init__(
+        self, plan: ConversionPlan, config: Any, rotary_class: type[nn.Module], length: int, device: torch.device
+    ) -> None:
+        self._plan = plan
+        self._types: list[str] | None = config.layer_types if plan.family.rope_of_layer_type else None
+        rotary = rotary_class(config=config).to(device)
+        positions = torch.arange(length, device=device).unsqueeze(0)
+        like = torch.zeros(1, 1, 1, device=device)
+        kinds: list[str | None] = [None] if self._types is None else list(dict.fromkeys(self._types))
+        self._tables = {kind: rotary(like, positions, *([] if kind is None else [kind])) for kind in kinds}
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What transformers calls the layer with."""
+        cos, sin = self._tables[None if self._types is None else self._types[layer]]
+        return cos, sin
+
+    def whole_heads(self, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, d], 1 and 0 for the pairs that the layer does not rotate."""
+        cos, sin = self.of_layer(layer)
+        dim, rotated = self._plan.geometry.head_dim, self._plan.layers[layer].kind.rotary_dim
+        if rotated == dim:
+            return cos, sin
+        static = cos.new_ones(*cos.shape[:2], (dim - rotated) // 2)
+        cos, sin = cos[..., : rotated // 2], sin[..., : rotated // 2]
+        return torch.cat([cos, static] * 2, dim=-1), torch.cat([sin, 0 * static] * 2, dim=-1)
+
+
+def attention_softcap(plan: ConversionPlan) -> float | None:
+    """The bound of the source's scores, if they have one."""
+    value = plan.family.completed(plan.index.config).get(plan.family.attention_softcap)
+    return None if not value else float(value)
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
@@ -204,6 +292,7 @@ def source_config(plan: ConversionPlan) -> Any:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(plan.index.config)), encoding="utf-8")
         config = AutoConfig.from_pretrained(folder)
-    config._attn_implementation = "sdpa"
+    # transformers' fused attention leaves the cap out without a word
+    config._attn_implementation = "sdpa" if attention_softcap(plan) is None else "eager"
     config.dtype = torch.float32
     return config

@@ -23,7 +23,7 @@ from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
-from xeco_convert.ranks.budget import Widths
+from xeco_convert.ranks.budget import Widths, without_rotation
 
 _BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
@@ -73,6 +73,7 @@ class Survey:
     def add(self, view: LayerView, source: SourceAttention, layer: CalibratedLayer, probe: Probe | None = None) -> None:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
+        offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
         few = view.normed(view.inputs[: max(1, _ERROR_TOKENS // self._windows.ids.shape[1])])
         target = source_output(source, few, context)
 
@@ -83,7 +84,7 @@ class Survey:
             lost = mla_output(factors(offer), heads, few, context) - target
             return float(lost.square().sum() / target.square().sum())
 
-        errors = {offer: error(offer) for offer in self._offers}
+        errors = {offer: error(offer) for offer in offers}
         # the branch stands for what this layer will be: the best of those that take the average
         branch = best_of_total(errors, self._average)
         made = factors(branch)

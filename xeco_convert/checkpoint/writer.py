@@ -115,6 +115,11 @@ class CheckpointWriter:
             raise ValueError(f"{name}: planned {place.header.num_bytes} bytes, given {num_bytes}")
         self._written.add(name)
 
+    def flush(self) -> None:
+        """Let others read what was written so far."""
+        for stream in self._streams.values():
+            stream.flush()
+
     def write_text(self, relative: str, text: str) -> None:
         """Write a text file beside the weights."""
         (self.folder / relative).write_text(text, encoding="utf-8")

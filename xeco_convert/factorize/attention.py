@@ -21,7 +21,10 @@ class SourceAttention:
     """Weights of a pretrained layer, rotary rows half-split as Hugging Face stores them (pair i is rows i and i + d/2).
 
     q_weight [H·d, hidden], k_weight and v_weight [G·d, hidden], o_weight [hidden, H·d]; biases [rows] or None; any one
-    floating dtype and device. `input_norm_weight` [hidden]: the RMSNorm weight before the layer.
+    floating dtype and device. `input_norm_weight` [hidden]: the RMSNorm weight before the layer. `rotary_pairs` r: only the
+    pairs i < r of each head are rotated (None: all; the rows of the others are put last in each half). `q_norm_weight` and
+    `k_norm_weight` [d] (each head by itself) or [all rows]: RMSNorm of queries and keys after projection, eps `norm_eps`.
+    `logit_softcap`: scores become cap · tanh(score / cap).
     """
 
     q_weight: Tensor
@@ -33,13 +36,37 @@ class SourceAttention:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    norm_eps: float = 1e-6
+    logit_softcap: float | None = None
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_pairs: int | None = None
 
     @property
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def rotated(self) -> int:
+        """Rotary pairs of a head."""
+        return self.head_dim // 2 if self.rotary_pairs is None else self.rotary_pairs
+
+    @property
+    def q_norm(self) -> str | None:
+        """How queries are normalised: "head", "all" rows together, or not at all."""
+        if self.q_norm_weight is None:
+            return None
+        return "head" if self.q_norm_weight.numel() == self.head_dim else "all"
+
+    def with_linear_keys(self, k_weight: Tensor, k_bias: Tensor | None) -> SourceAttention:
+        """The layer with keys k_weight·x + k_bias in place of its normalised ones (docs/conversion.md)."""
+        v_bias = self.v_bias
+        if k_bias is not None and v_bias is None:  # the joint factor takes both or none
+            v_bias = k_bias.new_zeros(self.v_weight.shape[0])
+        return dataclasses.replace(self, k_weight=k_weight, k_bias=k_bias, v_bias=v_bias, k_norm_weight=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +76,8 @@ class MlaAttention:
     q_weight [H·(N+P), hidden], or q_a_weight [Q, hidden] and q_b_weight [H·(N+P), Q]: each head's un-rotated rows, then
     its rotary rows. kv_a_weight [R+P, hidden]: latent, then shared rotary key. kv_b_weight [H·(N+V), R]: each head's key
     rows, then its value rows. o_weight [hidden, H·V]. Rotary rows are half-split (pair j is rows j and j + P/2).
+    With a norm of the queries, q_weight (or q_b_weight) has N rows for each head, q_norm_weight is [N] or [H·N], and
+    q_head_weight [H·(N+P), N] maps each head's normalised query to its un-rotated and rotary rows.
     """
 
     kv_a_weight: Tensor
@@ -62,6 +91,8 @@ class MlaAttention:
     kv_b_bias: Tensor | None = None
     o_bias: Tensor | None = None
     latent_norm_weight: Tensor | None = None
+    q_norm_weight: Tensor | None = None
+    q_head_weight: Tensor | None = None
     rope_index: tuple[int, ...] | None = None
 
     @property
@@ -78,6 +109,7 @@ class MlaAttention:
             **{"kv_b_proj.weight": self.kv_b_weight, "kv_b_proj.bias": self.kv_b_bias},
             **{"o_proj.weight": self.o_weight, "o_proj.bias": self.o_bias},
             **{("q_proj.bias" if self.q_weight is not None else "q_b_proj.bias"): self.q_bias},
+            **{"q_norm.weight": self.q_norm_weight, "q_head_proj.weight": self.q_head_weight},
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -96,19 +128,22 @@ class MlaAttention:
     def shape(self, num_attention_heads: int, v_head_dim: int, qk_rope_head_dim: int) -> MlaShape:
         """The widths that these tensors have, given those that their sizes alone do not tell."""
         query = self.q_weight if self.q_weight is not None else self.q_b_weight
+        query = query if self.q_head_weight is None else self.q_head_weight
         assert query is not None
+        nope_dim = query.shape[0] // num_attention_heads - qk_rope_head_dim
         named = {"q": self.q_bias, "kv_a": self.kv_a_bias, "kv_b": self.kv_b_bias, "o": self.o_bias}
         return MlaShape(
             num_attention_heads=num_attention_heads,
             hidden_size=self.o_weight.shape[0],
             kv_lora_rank=self.kv_b_weight.shape[1],
-            qk_nope_head_dim=query.shape[0] // num_attention_heads - qk_rope_head_dim,
+            qk_nope_head_dim=nope_dim,
             qk_rope_head_dim=qk_rope_head_dim,
             v_head_dim=v_head_dim,
             q_lora_rank=None if self.q_a_weight is None else self.q_a_weight.shape[0],
             latent_norm=self.latent_norm_weight is not None,
             rope_index=self.rope_index,
             biases=tuple(name for name, bias in named.items() if bias is not None),
+            q_norm=None if self.q_norm_weight is None else "head" if self.q_norm_weight.numel() == nope_dim else "all",
         )
 
 
@@ -124,17 +159,20 @@ class LayerErrors:
 
 
 def exact_shape(source: SourceAttention) -> MlaShape:
-    """Shape at which MLA holds the source's attention exactly: every rotary row of every group, full-rank values."""
-    pairs = source.head_dim // 2
+    """Shape at which MLA holds the source's attention exactly: every rotary row of every group as shared rotary key, the
+    other key rows and the values as latent. Keys must be linear (`with_linear_keys`)."""
+    groups, pairs = source.num_key_value_heads, source.rotated
     return MlaShape(
         num_attention_heads=source.num_attention_heads,
         hidden_size=source.q_weight.shape[1],
-        kv_lora_rank=source.num_key_value_heads * source.head_dim,
+        kv_lora_rank=groups * (2 * source.head_dim - 2 * pairs),
         qk_nope_head_dim=source.head_dim,
-        qk_rope_head_dim=source.num_key_value_heads * source.head_dim,
+        qk_rope_head_dim=groups * 2 * pairs,
         v_head_dim=source.head_dim,
-        rope_index=tuple(range(pairs)) * source.num_key_value_heads,
+        rope_index=tuple(range(pairs)) * groups,
         biases=_exact_biases(source),
+        q_norm=source.q_norm,
+        logit_softcap=source.logit_softcap,
     )
 
 
@@ -146,44 +184,74 @@ def _exact_biases(source: SourceAttention) -> tuple[str, ...]:
 def exact_factors(source: SourceAttention) -> MlaAttention:
     """The source itself written as MLA, at `exact_shape`: the check that layout, scaling and biases are understood.
 
-    The shared rotary key holds the keys of all groups side by side, each head reads its own group's part; the latent is
-    the values. Same dtype as the source, no arithmetic on the weights: any difference of outputs is rounding.
+    The shared rotary key holds the rotary rows of all groups side by side, each head reads its own group's part; the latent
+    is the values, then the keys' rows that are not rotated. Same dtype as the source, no arithmetic on the weights: any
+    difference of outputs is rounding. Raises `ValueError` where keys are normalised, and so not linear in the input.
     """
-    groups, dim = source.num_key_value_heads, source.head_dim
-    k_rope = _all_groups_half_split(source.k_weight, groups)
-    k_bias = None if source.k_bias is None else _all_groups_half_split(source.k_bias[:, None], groups)[:, 0]
-    q_bias = None if source.q_bias is None else _exact_queries(source.q_bias[:, None], source)[:, 0]
-    value_rows = torch.eye(groups * dim, dtype=source.v_weight.dtype, device=source.v_weight.device)
-    values_HVR = value_rows.view(groups, dim, -1).repeat_interleave(source.heads_per_group, dim=0)
-    kv_b_HNVR = torch.cat([torch.zeros_like(values_HVR), values_HVR], dim=1)
-    kv_b_bias = None
-    if source.v_bias is not None:
-        bias_HV = source.v_bias.view(groups, dim).repeat_interleave(source.heads_per_group, dim=0)
-        kv_b_bias = torch.cat([torch.zeros_like(bias_HV), bias_HV], dim=1).reshape(-1)
-    latent_bias = None if k_bias is None else torch.cat([torch.zeros_like(k_bias), k_bias])
+    if source.k_norm_weight is not None:
+        raise ValueError("exact_factors: expected keys that are linear in the layer's input, found a norm of the keys")
+    static, k_rope = _split_keys(source.k_weight, source)
+    k_bias = None
+    if source.k_bias is not None:
+        parts = [part[:, 0] for part in _split_keys(source.k_bias[:, None], source)]
+        k_bias = torch.cat([parts[0].new_zeros(source.v_weight.shape[0]), *parts])
+    kv_b_HUR = torch.cat(_exact_up_projections(source), dim=1)
+    queries, head_map, q_bias = source.q_weight, None, source.q_bias
+    if source.q_norm_weight is None:
+        queries = _exact_queries(queries, source)
+        q_bias = None if q_bias is None else _exact_queries(q_bias[:, None], source)[:, 0]
+    else:
+        identity = torch.eye(source.head_dim, dtype=queries.dtype, device=queries.device)
+        head_map = _exact_queries(identity.repeat(source.num_attention_heads, 1), source)
     return MlaAttention(
-        q_weight=_exact_queries(source.q_weight, source),
-        kv_a_weight=torch.cat([source.v_weight, k_rope]),
-        kv_b_weight=kv_b_HNVR.reshape(-1, groups * dim),
+        q_weight=queries,
+        kv_a_weight=torch.cat([source.v_weight, static, k_rope]),
+        kv_b_weight=kv_b_HUR.flatten(0, 1),
         o_weight=source.o_weight,
         q_bias=q_bias,
-        kv_a_bias=latent_bias,
-        kv_b_bias=kv_b_bias,
+        kv_a_bias=k_bias,
+        kv_b_bias=_exact_value_bias(source),
         o_bias=source.o_bias,
+        q_norm_weight=source.q_norm_weight,
+        q_head_weight=head_map,
         rope_index=exact_shape(source).rope_index,
     )
 
 
-def _all_groups_half_split(rows: Tensor, groups: int) -> Tensor:
-    """Rows [G·d, X] of half-split heads as one half-split head of width G·d: first halves of all groups, then second."""
-    return rows.view(groups, 2, -1, rows.shape[-1]).transpose(0, 1).reshape(rows.shape)
+def _split_keys(rows: Tensor, source: SourceAttention) -> tuple[Tensor, Tensor]:
+    """Key rows [G·d, X] as rows that are not rotated [G·(d - 2r), X], group by group, and rotary rows [G·2r, X] as one
+    half-split head: first halves of all groups, then second."""
+    split = rows.view(source.num_key_value_heads, 2, -1, rows.shape[-1])
+    static = split[:, :, source.rotated :].reshape(-1, rows.shape[-1])
+    return static, split[:, :, : source.rotated].transpose(0, 1).reshape(-1, rows.shape[-1])
+
+
+def _exact_up_projections(source: SourceAttention) -> tuple[Tensor, Tensor]:
+    """W_UK and W_UV [H, d, R]: identities that read each head's group from the latent of `exact_factors`."""
+    groups, dim, half, pairs = source.num_key_value_heads, source.head_dim, source.head_dim // 2, source.rotated
+    like = source.v_weight
+    rank = exact_shape(source).kv_lora_rank
+    eye = torch.eye(rank, dtype=like.dtype, device=like.device)
+    values = eye[: groups * dim].view(groups, dim, rank)
+    keys = like.new_zeros(groups, 2, half, rank)
+    keys[:, :, pairs:] = eye[groups * dim :].view(groups, 2, half - pairs, rank)
+    repeats = source.heads_per_group
+    return keys.flatten(1, 2).repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
+
+
+def _exact_value_bias(source: SourceAttention) -> Tensor | None:
+    """Bias [H·2d] of the up-projections: zeros for the keys, each head's own for the values."""
+    if source.v_bias is None:
+        return None
+    bias_HV = source.v_bias.view(source.num_key_value_heads, -1).repeat_interleave(source.heads_per_group, dim=0)
+    return torch.cat([torch.zeros_like(bias_HV), bias_HV], dim=1).reshape(-1)
 
 
 def _exact_queries(rows: Tensor, source: SourceAttention) -> Tensor:
-    """Query rows [H·d, X] -> [H·(d + G·d), X]: the un-rotated part, then the head's rows in its own group's slots."""
-    heads, groups, dim = source.num_attention_heads, source.num_key_value_heads, source.head_dim
+    """Query rows [H·d, X] -> [H·(d + G·2r), X]: the un-rotated part, then the head's rotary rows in its own group's slots."""
+    heads, groups, dim, pairs = source.num_attention_heads, source.num_key_value_heads, source.head_dim, source.rotated
     q_HdX = rows.view(heads, dim, -1)
-    rotary = rows.new_zeros(heads, 2, groups, dim // 2, rows.shape[-1])
+    rotary = rows.new_zeros(heads, 2, groups, pairs, rows.shape[-1])
     for head in range(heads):
-        rotary[head, :, head // source.heads_per_group] = q_HdX[head].view(2, dim // 2, -1)
-    return torch.cat([q_HdX, rotary.reshape(heads, groups * dim, -1)], dim=1).reshape(-1, rows.shape[-1])
+        rotary[head, :, head // source.heads_per_group] = q_HdX[head].unflatten(0, (2, dim // 2))[:, :pairs]
+    return torch.cat([q_HdX, rotary.flatten(1, 3)], dim=1).flatten(0, 1)

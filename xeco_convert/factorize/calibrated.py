@@ -24,7 +24,14 @@ _TINY = 1e-300  # in place of a reference that is zero: a layer that puts out no
 class CalibratedLayer:
     """The closed form of one layer, for any widths. All arithmetic in float64 on the statistics' device."""
 
-    def __init__(self, source: SourceAttention, statistics: LayerStatistics, softmax_scale: float) -> None:
+    def __init__(
+        self,
+        source: SourceAttention,
+        statistics: LayerStatistics,
+        softmax_scale: float,
+        *,
+        one_per_frequency: bool = False,
+    ) -> None:
         self._source = source
         self._statistics = statistics
         self._scale = softmax_scale
@@ -36,7 +43,7 @@ class CalibratedLayer:
         spread = per_group.repeat_interleave(source.heads_per_group, dim=0)
         # λ_h: squared output error of a unit squared score error, the spread of the values that the head mixes
         self._head_weight = softmax_scale**2 * (self._head_metric * spread).sum(dim=(1, 2))
-        self._components = rotary_components(source, statistics, self._head_weight)
+        self._components = rotary_components(source, statistics, self._head_weight, one_per_frequency=one_per_frequency)
         self._key_roots = _roots(self._key_metric())  # [G, d, d] each
         self._value_roots = _roots(self._value_metric()[None])  # [1, Gd, Gd] each
         self._latent_cache: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
@@ -56,17 +63,21 @@ class CalibratedLayer:
         eigenvalues, vectors, up_keys, up_values = self._latent(qk_rope_head_dim)
         rms = eigenvalues[:kv_lora_rank].mean().sqrt()
         encode = vectors.T @ self._weigh(qk_rope_head_dim)
+        if latent_norm:  # at rms 1 the norm's eps is far below the latent, as it is meant to be
+            encode = encode / rms.clamp_min(_TINY)
         rope_rows = real_rows(self._components.encode[:pairs], self._components.frequency[:pairs], self._half)
         rope_rows = torch.cat([rope_rows, torch.zeros_like(rope_rows)], dim=1)  # reads keys, no values
         maps = torch.cat([encode[:kv_lora_rank], rope_rows])
         repeats = source.heads_per_group
         up = torch.cat([up_keys[..., :kv_lora_rank], up_values[..., :kv_lora_rank]], dim=1)
         joint_weight = torch.cat([source.k_weight, source.v_weight]).double()
-        query_maps = self._query_maps(qk_rope_head_dim)
-        q_weight = _apply_heads(query_maps, source.q_weight)
+        q_weight, q_bias, q_head = self._queries(self._query_maps(qk_rope_head_dim))
         q_a, q_b = None, None
         if q_lora_rank is not None:
             metric = self._query_metric(eigenvalues[:kv_lora_rank], up_keys[..., :kv_lora_rank], pairs)
+            if q_head is not None:  # what an error in front of the norm and the map costs, were the norm linear
+                q_head_HQd = q_head.view(source.num_attention_heads, -1, source.head_dim)
+                metric = q_head_HQd.transpose(1, 2) @ metric @ q_head_HQd
             q_a, q_b = self._query_factors(q_weight, metric, q_lora_rank)
         return MlaAttention(
             q_weight=q_weight if q_a is None else None,
@@ -75,7 +86,9 @@ class CalibratedLayer:
             kv_a_weight=maps @ joint_weight,
             kv_b_weight=up.repeat_interleave(repeats, dim=0).reshape(-1, kv_lora_rank),
             o_weight=source.o_weight.double(),
-            q_bias=None if source.q_bias is None else _apply_heads(query_maps, source.q_bias[:, None])[:, 0],
+            q_bias=q_bias,
+            q_norm_weight=None if source.q_norm_weight is None else source.q_norm_weight.double(),
+            q_head_weight=q_head,
             kv_a_bias=self._joint_bias(maps),
             o_bias=None if source.o_bias is None else source.o_bias.double(),
             latent_norm_weight=rms.expand(kv_lora_rank).clone() if latent_norm else None,
@@ -115,6 +128,15 @@ class CalibratedLayer:
     def _expected_square(self) -> float:
         """Upper reference of the output's size: the output if attention mixed nothing, Σ_h tr(W_oᵀW_o E[v vᵀ])."""
         return max(float(self._head_weight.sum()) / self._scale**2, _TINY)
+
+    def _queries(self, maps_HOd: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Query weight, bias, and the map of each head behind its norm; without a norm the map is part of the weight."""
+        source = self._source
+        if source.q_norm_weight is not None:
+            bias = None if source.q_bias is None else source.q_bias.double()
+            return source.q_weight.double(), bias, maps_HOd.flatten(0, 1)
+        bias = None if source.q_bias is None else _apply_heads(maps_HOd, source.q_bias[:, None])[:, 0]
+        return _apply_heads(maps_HOd, source.q_weight), bias, None
 
     def _joint_bias(self, maps: Tensor) -> Tensor | None:
         source = self._source
@@ -180,7 +202,7 @@ class CalibratedLayer:
         chosen = self._components.frequency[:pairs]
         group_of_head = torch.arange(heads, device=chosen.device) // source.heads_per_group
         decode_HJ = self._components.decode[:pairs].conj().T[group_of_head]
-        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]
+        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]  # [P, d] each; none in NoPE layers
         return torch.cat([nope, torch.stack(rope)], dim=1)
 
     def _query_metric(self, latent_power: Tensor, up_keys: Tensor, pairs: int) -> Tensor:

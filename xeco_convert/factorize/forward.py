@@ -2,7 +2,7 @@
 
 Letters: W windows, T tokens, X hidden_size, H heads, G groups, d head_dim, N qk_nope_head_dim, P qk_rope_head_dim,
 V v_head_dim, R kv_lora_rank. cos and sin [1 or W, T, d] are the source's tables (half-split, the second half repeats the
-first), mask [1, 1, T, T] boolean (True attends), softmax_scale the source's.
+first; 1 and 0 for pairs that are not rotated), mask [1, 1, T, T] boolean (True attends), softmax_scale the source's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class AttentionContext:
     mask: Tensor
     softmax_scale: float
     norm_eps: float = 1e-6
+    logit_softcap: float | None = None
     # tables [1 or W, T, P] of an MLA layer with rotary frequencies of its own (rope_index None)
     own_cos: Tensor | None = None
     own_sin: Tensor | None = None
@@ -40,9 +41,14 @@ class AttentionContext:
 
 
 def source_projections(source: SourceAttention, x_WTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [W, T, H, d], keys and values [W, T, G, d] before rotation, in the dtype of the weights."""
-    queries = functional.linear(x_WTX, source.q_weight, source.q_bias).unflatten(-1, (source.num_attention_heads, -1))
-    keys = functional.linear(x_WTX, source.k_weight, source.k_bias).unflatten(-1, (source.num_key_value_heads, -1))
+    """Queries [W, T, H, d], keys and values [W, T, G, d] before rotation (normalised where the source does so), in the dtype
+    of the weights."""
+    queries = normalised(
+        functional.linear(x_WTX, source.q_weight, source.q_bias), source.q_norm_weight, source.norm_eps, source.head_dim
+    )
+    keys = normalised(
+        functional.linear(x_WTX, source.k_weight, source.k_bias), source.k_norm_weight, source.norm_eps, source.head_dim
+    )
     values = functional.linear(x_WTX, source.v_weight, source.v_bias).unflatten(-1, (source.num_key_value_heads, -1))
     return queries, keys, values
 
@@ -52,12 +58,11 @@ def source_output(source: SourceAttention, x_WTX: Tensor, context: AttentionCont
     queries, keys, values = source_projections(source, x_WTX)
     cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
     repeats = source.heads_per_group
-    out = functional.scaled_dot_product_attention(
+    out = _attended(
         rotate(queries, cos, sin).transpose(1, 2),
         rotate(keys, cos, sin).transpose(1, 2).repeat_interleave(repeats, dim=1),
         values.transpose(1, 2).repeat_interleave(repeats, dim=1),
-        attn_mask=context.mask,
-        scale=context.softmax_scale,
+        context,
     )
     return functional.linear(out.transpose(1, 2).flatten(2), source.o_weight, source.o_bias)
 
@@ -67,22 +72,46 @@ def source_probabilities(queries: Tensor, keys: Tensor, context: AttentionContex
     cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
     rotated = rotate(keys, cos, sin).repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)
     scores = torch.einsum("wthd,wshd->whts", rotate(queries, cos, sin), rotated) * context.softmax_scale
-    return scores.masked_fill(~context.mask, -torch.inf).softmax(dim=-1)
+    return soft_capped(scores, context.logit_softcap).masked_fill(~context.mask, -torch.inf).softmax(dim=-1)
+
+
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
+    """Attention of [W, H, T, width] queries, keys and values, all heads there."""
+    if context.logit_softcap is None:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=context.mask, scale=context.softmax_scale
+        )
+    scores = soft_capped(queries @ keys.transpose(-1, -2) * context.softmax_scale, context.logit_softcap)
+    weights: Tensor = scores.masked_fill(~context.mask, -torch.inf).softmax(dim=-1)
+    return weights @ values
+
+
+def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap), as Gemma 2 bounds its scores (arXiv 2408.00118); unchanged without a cap."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def normalised(rows: Tensor, weight: Tensor | None, eps: float, head_dim: int) -> Tensor:
+    """Rows [..., H·d] as heads [..., H, d], behind the RMSNorm of `weight` [d] (each head) or [H·d] (all rows), if any."""
+    if weight is not None and weight.numel() != head_dim:
+        rows = functional.rms_norm(rows, (rows.shape[-1],), weight, eps)
+    heads: Tensor = rows.unflatten(-1, (-1, head_dim))  # type: ignore[no-untyped-call]
+    if weight is not None and weight.numel() == head_dim:
+        heads = functional.rms_norm(heads, (head_dim,), weight, eps)
+    return heads
 
 
 def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
     """Attended latents [W, T, H, R]: what each head's value up-projection is applied to."""
     rope = mla.qk_rope_head_dim
-    queries = _mla_queries(mla, x_WTX).unflatten(-1, (num_heads, -1))
+    queries = mla_queries(mla, num_heads, x_WTX, context)
     q_nope, q_rope = queries.split([queries.shape[-1] - rope, rope], dim=-1)
     c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
     w_uk, _ = split_up_projection(mla, num_heads)
     q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
     query_rows = torch.cat([q_latent, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))], dim=-1).transpose(1, 2)
     key_rows = torch.cat([c_kv, rotate(k_rope, cos, sin)], dim=-1).unsqueeze(1).expand(-1, num_heads, -1, -1)
-    out = functional.scaled_dot_product_attention(
-        query_rows, key_rows, key_rows, attn_mask=context.mask, scale=context.softmax_scale
-    )
+    out = _attended(query_rows, key_rows, key_rows, context)
     return out.transpose(1, 2)[..., : c_kv.shape[-1]]
 
 
@@ -117,12 +146,23 @@ def split_up_projection(mla: MlaAttention, num_heads: int) -> tuple[Tensor, Tens
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of half-split pairs: x [..., P], cos and sin broadcastable to it."""
+    if x.shape[-1] == 0:
+        return x
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _mla_queries(mla: MlaAttention, x_WTX: Tensor) -> Tensor:
+def mla_queries(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """Queries [W, T, H, N+P], not rotated yet."""
     if mla.q_weight is not None:
-        return functional.linear(x_WTX, mla.q_weight, mla.q_bias)
-    assert mla.q_a_weight is not None and mla.q_b_weight is not None
-    return functional.linear(functional.linear(x_WTX, mla.q_a_weight), mla.q_b_weight, mla.q_bias)
+        rows = functional.linear(x_WTX, mla.q_weight, mla.q_bias)
+    else:
+        assert mla.q_a_weight is not None and mla.q_b_weight is not None
+        rows = functional.linear(functional.linear(x_WTX, mla.q_a_weight), mla.q_b_weight, mla.q_bias)
+    if mla.q_head_weight is None:
+        heads: Tensor = rows.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]
+        return heads
+    heads = normalised(rows, mla.q_norm_weight, context.norm_eps, mla.q_head_weight.shape[1])
+    maps: Tensor = mla.q_head_weight.unflatten(0, (num_heads, -1))  # type: ignore[no-untyped-call]
+    mapped: Tensor = torch.einsum("wthn,hqn->wthq", heads, maps)
+    return mapped

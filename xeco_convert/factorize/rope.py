@@ -20,7 +20,7 @@ from xeco_convert.factorize.statistics import LayerStatistics
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryComponents:
-    """All G·F components of a layer, best first.
+    """All G·F components of a layer, best first; F counts the pairs that are rotated.
 
     `frequency` [G·F] int64; `gain` [G·F]: output error that a rotary slot saves over leaving the component un-rotated;
     `encode` [G·F, G] and `decode` [G·F, G] complex: u = encode · z reads the component from the groups' keys of that
@@ -33,17 +33,23 @@ class RotaryComponents:
     decode: Tensor
 
 
-def rotary_components(source: SourceAttention, statistics: LayerStatistics, head_weight: Tensor) -> RotaryComponents:
+def rotary_components(
+    source: SourceAttention, statistics: LayerStatistics, head_weight: Tensor, *, one_per_frequency: bool = False
+) -> RotaryComponents:
     """Principal complex directions across groups of every frequency, weighted by how strongly the queries look at them.
 
     `head_weight` [H] turns a squared score error of a head into a squared output error (λ_h of docs/conversion.md).
+    `one_per_frequency`: the best component of each frequency first, fastest frequency first, as a stock rotary key has
+    them; then the others.
     """
-    groups, half = source.num_key_value_heads, source.head_dim // 2
+    groups, half, rotated = source.num_key_value_heads, source.head_dim // 2, source.rotated
     width = groups * source.head_dim
-    moments_FGG = complex_moments(statistics.attended[:width, :width], groups)
-    lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)
-    power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)
-    weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, half).sum(dim=1)
+    moments_FGG = complex_moments(statistics.attended[:width, :width], groups)[:rotated]
+    if rotated == 0:
+        return _no_components(moments_FGG)
+    lost_HF = (statistics.rotation_scale**2 - statistics.rotation.abs().square()).clamp_min(0)[:, :rotated]
+    power_HF = statistics.queries.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(dim=1)[:, :rotated]
+    weight_GF = (head_weight[:, None] * power_HF * lost_HF).view(groups, -1, rotated).sum(dim=1)
     # A group that no query looks at would make the weights singular; its components come last anyway. Where the output
     # depends on no score at all (queries, values or o_proj are zero), every component is as good as the next.
     largest = float(weight_GF.max())
@@ -51,6 +57,11 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
     root = weight_FG.sqrt().to(moments_FGG.dtype)
     eigenvalues, vectors = torch.linalg.eigh(root[:, :, None] * moments_FGG * root[:, None, :])
     gain, order = eigenvalues.clamp_min(0).flatten().sort(descending=True, stable=True)
+    if one_per_frequency:
+        best = torch.arange(rotated, device=order.device) * groups + groups - 1  # eigenvalues of a frequency rise
+        others = order[~torch.isin(order, best)]
+        order = torch.cat([best, others])
+        gain = eigenvalues.clamp_min(0).flatten()[order]
     gain = gain if largest > 0 else torch.zeros_like(gain)
     frequency = order // groups
     direction = vectors.transpose(1, 2).flatten(0, 1)[order]  # [G·F, G], one eigenvector a row
@@ -58,6 +69,12 @@ def rotary_components(source: SourceAttention, statistics: LayerStatistics, head
     return RotaryComponents(
         frequency=frequency, gain=gain, encode=direction.conj() * chosen_root, decode=direction / chosen_root
     )
+
+
+def _no_components(moments_FGG: Tensor) -> RotaryComponents:
+    """Those of a layer without rotation."""
+    none, rows = moments_FGG.new_zeros(0).real, moments_FGG.new_zeros(0, moments_FGG.shape[-1])
+    return RotaryComponents(frequency=none.to(torch.int64), gain=none, encode=rows, decode=rows)
 
 
 def complex_moments(gram: Tensor, groups: int) -> Tensor:

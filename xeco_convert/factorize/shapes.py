@@ -12,7 +12,9 @@ class MlaShape:
 
     `rope_index` says which frequency of the source each rotary pair uses (qk_rope_head_dim / 2 entries); None stands for
     fresh frequencies of the source's rotary type over qk_rope_head_dim, as X-EcoMLA takes them.
-    `biases` names the projections that have one: q, kv_a, kv_b, o.
+    `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or "all" where queries are normalised
+    after q_proj (each head by itself, or all rows together), before q_head_proj maps each head to its un-rotated and rotary
+    rows; qk_nope_head_dim is the source's head_dim then. `logit_softcap` bounds the scores: cap · tanh(score / cap).
     """
 
     num_attention_heads: int
@@ -25,6 +27,8 @@ class MlaShape:
     latent_norm: bool = False
     rope_index: tuple[int, ...] | None = None
     biases: tuple[str, ...] = ()
+    q_norm: str | None = None
+    logit_softcap: float | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -55,12 +59,15 @@ class MlaShape:
             shapes[f"{name}.weight"] = shape
             if bias_of.get(name) in self.biases:
                 shapes[f"{name}.bias"] = shape[:1]
+            if self.q_norm is not None and name in ("q_proj", "q_b_proj"):
+                shapes["q_norm.weight"] = (self.qk_nope_head_dim * (heads if self.q_norm == "all" else 1),)
+                shapes["q_head_proj.weight"] = (heads * self.qk_head_dim, self.qk_nope_head_dim)
             if name == "kv_a_proj_with_mqa" and self.latent_norm:
                 shapes["kv_a_layernorm.weight"] = (rank,)
         return shapes
 
     def _query_rows(self) -> dict[str, tuple[int, int]]:
-        width = self.num_attention_heads * self.qk_head_dim
+        width = self.num_attention_heads * (self.qk_head_dim if self.q_norm is None else self.qk_nope_head_dim)
         if self.q_lora_rank is None:
             return {"q_proj": (width, self.hidden_size)}
         return {"q_a_proj": (self.q_lora_rank, self.hidden_size), "q_b_proj": (width, self.q_lora_rank)}

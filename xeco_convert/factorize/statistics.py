@@ -31,16 +31,17 @@ class LayerStatistics:
     `attended` [2Gd, 2Gd]: E[κ κᵀ] of κ = (keys, values) of all groups before rotation, each token weighted by the attention
     that it receives. `values` [Gd, Gd]: E[v vᵀ], tokens weighted alike. `queries` [H, d, d]: E[q qᵀ] of each head.
     `rotation` [H, d/2] complex: mean of e^{-jθ(t-s)} (times the rotary type's scaling) over the pairs (t, s) that the head
-    looks at, weighted by how much. `overlap` [H, H]: cosine of the heads' attention weights, 1 where two heads look at the
-    same tokens. `inputs` [X, X]: E[x xᵀ], only where queries are factorised too.
-    `unseen`: of the `directions` that keys and values have, how many the calibration tokens do not reach (`regularised`).
+    looks at, weighted by how much; `rotation_scale` [d/2]: that scaling, squared. `overlap` [H, H]: cosine of the heads'
+    attention weights, 1 where two heads look at the same tokens. `inputs` [X, X]: E[x xᵀ], only where queries are
+    factorised too. `unseen`: of the `directions` that keys and values have, how many the calibration tokens do not reach
+    (`regularised`).
     """
 
     attended: Tensor
     values: Tensor
     queries: Tensor
     rotation: Tensor
-    rotation_scale: float
+    rotation_scale: Tensor
     overlap: Tensor
     num_tokens: int
     inputs: Tensor | None = None
@@ -140,7 +141,8 @@ class StatisticsAccumulator:
             raise ValueError("statistics need at least one token that counts")
         half = self._source.head_dim // 2
         cos, sin = self._context.cos[0, :, :half].double(), self._context.sin[0, :, :half].double()
-        scale = float(cos[0, 0])  # both rotated sides carry the rotary type's scaling: at position 0 the table shows it
+        # both rotated sides carry the rotary type's scaling: at position 0 the table shows it (1 for pairs not rotated)
+        scale = cos[0]
         turns = torch.complex(cos, -sin) * scale
         shares = self._distances / self._distances.sum(dim=1, keepdim=True)
         norms = self._overlap.diagonal().sqrt()

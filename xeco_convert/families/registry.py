@@ -28,8 +28,30 @@ def family_for(config: Mapping[str, Any]) -> FamilySpec:
         raise UnsupportedModelError(
             f"config.json: model_type {model_type!r} is already converted; give the source model, or `xeco-convert inspect` it."
         )
+    _refuse_wrappers_and_encoders(config, model_type)
     if model_type not in supported_model_types():
         raise UnsupportedModelError(
             f"config.json: model_type {model_type!r} is not a supported family; supported are {supported}."
         )
     return supported_model_types()[model_type]
+
+
+def _refuse_wrappers_and_encoders(config: Mapping[str, Any], model_type: str) -> None:
+    """Models that hold more than one decoder of text, or none: say what they are and what can be converted."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and model_type not in supported_model_types():
+        tower = text.get("model_type", "unnamed")
+        known = "is a supported family" if tower in supported_model_types() else "is no supported family either"
+        raise UnsupportedModelError(
+            f"config.json: {model_type!r} wraps a text model ({tower!r}, which {known}) together with other modalities; only "
+            "text models are converted. Save the text model alone and convert that: "
+            'AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(new_folder).'
+        )
+    architectures = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    encoders = ("ForMaskedLM", "EncoderModel", "ForConditionalGeneration")
+    if config.get("is_encoder_decoder") or any(name.endswith(encoders) for name in architectures):
+        kind = "an encoder-decoder" if config.get("is_encoder_decoder") else "no decoder of text alone"
+        raise UnsupportedModelError(
+            f"config.json: {model_type!r} is {kind}; expected a decoder-only language model, whose KV cache grows with the "
+            f"text. Supported are {', '.join(supported_model_types())}."
+        )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.sampling import sample_windows
@@ -27,12 +28,14 @@ from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
+from xeco_convert.factorize.linear_keys import KeyRegression
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 from xeco_convert.inits.base import ConvertedLayer, Progress, read_attention
 from xeco_convert.plan import ConversionPlan
 from xeco_convert.ranks import energy_ranks
-from xeco_convert.ranks.budget import Widths, candidate_widths, split_budget
+from xeco_convert.ranks.budget import Widths, candidate_widths, full_splits, same_widths, split_budget
 from xeco_convert.refine import LayerRefinement, RefineOptions
 
 _WINDOW_TOKENS = 512
@@ -139,14 +142,20 @@ class CalibratedInitialisation:
         assert budget is not None
         average = budget / len(plan.converted_layers)
         full_rank = min(geometry.cache_width, geometry.hidden_size)
-        most_rope = geometry.num_key_value_heads * geometry.head_dim
-        offers = candidate_widths(full_rank, most_rope, multiple, average)
+        rotated = max(item.kind.rotary_dim for item in plan.layers if item.shape is not None)
+        most_rope = rotated if plan.options.portable else geometry.num_key_value_heads * rotated
+        if plan.options.portable:
+            offers = full_splits(full_rank, most_rope, multiple, int(average))
+        else:
+            offers = candidate_widths(full_rank, most_rope, multiple, average)
         survey = Survey(offers, average, plan.converted_layers, self._windows)
         for view in self._surveyed_views(survey):
             source = self._source(view)
             probe = self._probe(view, source) if plan.options.refine else None
             survey.add(view, source, self._calibrated_layer(view, source), probe)
         costs = survey.costs(view.inputs, self._stream.output_head())
+        if plan.options.portable:
+            return list(same_widths(costs, budget))
         return list(split_budget(costs, budget))
 
     def _probe(self, view: LayerView, source: SourceAttention) -> Probe:
@@ -185,8 +194,30 @@ class CalibratedInitialisation:
         return CalibrationWindows(**kept)
 
     @torch.no_grad()
+    def _with_linear_keys(self, view: LayerView, source: SourceAttention) -> tuple[SourceAttention, dict[str, Any]]:
+        """The layer as the closed form takes it, and what its keys lost by that; itself where its keys are linear already."""
+        if source.k_norm_weight is None:
+            return source, {}
+        name = f"keys-{view.number}"
+        kept = self._measurements.load(name)
+        if kept is None:
+            regression = KeyRegression(source)
+            first = min(_held_out_from(self._num_calibrated), self._num_calibrated)
+            for chosen in (slice(0, first), slice(first, self._num_calibrated)):
+                inputs, counts = view.inputs[chosen], view.counts[chosen]
+                for part in view.batches(inputs):
+                    regression.add(view.normed(inputs[part]), counts[part], held_out=chosen.start > 0)
+            found = regression.result()
+            errors = {"key_regression_error": found.error, "key_scaling_error": found.prior_error}
+            kept = {"weight": found.source.k_weight.cpu(), "bias": found.source.k_bias, "errors": errors}
+            self._measurements.save(name, kept)
+        bias = None if kept["bias"] is None else kept["bias"].to(self._device)
+        return source.with_linear_keys(kept["weight"].to(self._device), bias), kept["errors"]
+
+    @torch.no_grad()
     def _calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
         """The layer's closed form, from statistics that are kept from the survey to the conversion."""
+        source, _ = self._with_linear_keys(view, source)
         name = f"statistics-{view.number}"
         kept = self._measurements.load(name)
         if kept is None:
@@ -198,7 +229,7 @@ class CalibratedInitialisation:
             self._measurements.save(name, kept)
         statistics = LayerStatistics(**kept).to(self._device)
         self._warn_of_unseen(view.number, statistics)
-        return CalibratedLayer(source, statistics, view.softmax_scale)
+        return CalibratedLayer(source, statistics, view.softmax_scale, one_per_frequency=self._plan.options.portable)
 
     def _warn_of_unseen(self, layer: int, statistics: LayerStatistics) -> None:
         """Once for each layer whose statistics needed the ridge."""
@@ -222,7 +253,7 @@ class CalibratedInitialisation:
         factors = MlaAttention(**kept["factors"])
         return ConvertedLayer(
             layer=view.number,
-            source=source,
+            source=self._with_linear_keys(view, source)[0],
             factors=factors.with_tensors({name: t.to(self._device) for name, t in factors.tensors().items()}),
             errors=LayerErrors(**kept["errors"]),
             details=kept["details"],
@@ -237,7 +268,7 @@ class CalibratedInitialisation:
         rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
         layer = self._calibrated_layer(view, source)
         exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
-        closed_form = exact.to(torch.float32)
+        closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
         factors = self._refitted(view, source, closed_form, converted)
         details: dict[str, Any] = {
             "expected_error": layer.expected_error(rank, rope),
@@ -245,6 +276,8 @@ class CalibratedInitialisation:
             "refitted_error": self._error(view, source, factors),
             "rope_index": list(exact.rope_index or ()),
             "spectrum": layer.latent_spectrum(rope).tolist(),
+            **self._with_linear_keys(view, source)[1],
+            **norm,
         }
         if self._plan.options.refine:
             refined = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options()).run(
@@ -253,6 +286,21 @@ class CalibratedInitialisation:
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
         return factors, layer.errors(rank, rope), details
+
+    @torch.no_grad()
+    def _with_steady_norm(self, view: LayerView, factors: MlaAttention) -> tuple[MlaAttention, dict[str, Any]]:
+        """The latent in the basis that its norm changes least, and how much it still does; nothing without a norm."""
+        if factors.latent_norm_weight is None:
+            return factors, {}
+        rank = factors.kv_b_weight.shape[1]
+        bias = None if factors.kv_a_bias is None else factors.kv_a_bias[:rank]
+        latents = []
+        for part in view.batches(view.inputs[: self._num_calibrated]):
+            counted = view.normed(view.inputs[part])[view.counts[part]]
+            latents.append(functional.linear(counted, factors.kv_a_weight[:rank], bias))
+        basis = steady_basis(torch.cat(latents), seed=self._plan.options.seed)
+        details = {"latent_norm_variation": basis.variation, "latent_norm_variation_before": basis.before}
+        return with_steady_basis(factors, basis), details
 
     def _refine_options(self) -> RefineOptions:
         options, layers = self._plan.options, len(self._plan.converted_layers)
@@ -272,9 +320,10 @@ class CalibratedInitialisation:
         refit = ValueRefit(source, factors, view.context())
         for part in view.batches(view.inputs[: self._num_calibrated]):
             before, inputs = view.inputs[part], converted[part]
-            after = before + source_output(source, view.normed(before), view.context())
+            output = source_output(source, view.normed(before), view.context())
+            target = view.attention_target(before, output, inputs)
             held_out = part.start >= _held_out_from(self._num_calibrated)
-            refit.add(view.normed(inputs), view.counts[part], target_WTX=after - inputs, held_out=held_out)
+            refit.add(view.normed(inputs), view.counts[part], target_WTX=target, held_out=held_out)
         return refit.result()
 
     @torch.no_grad()

@@ -25,7 +25,9 @@ class MlaLayer:
     """Widths of one converted layer, as config.json holds them.
 
     `rope_index` says which source frequency each rotary pair uses; None stands for fresh frequencies of the source's
-    rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o.
+    rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or
+    "all" where queries are normalised behind q_proj (each head, or all rows together); q_head_proj then maps each head to
+    its un-rotated and rotary rows. `logit_softcap` bounds the scores. A layer without rotation has qk_rope_head_dim 0.
     """
 
     kv_lora_rank: int
@@ -36,6 +38,8 @@ class MlaLayer:
     latent_norm: bool = False
     rope_index: tuple[int, ...] | None = None
     biases: tuple[str, ...] = ()
+    q_norm: str | None = None
+    logit_softcap: float | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
@@ -47,12 +51,14 @@ class MlaLayer:
         layer = cls(
             **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
         )
-        if layer.kv_lora_rank < 1 or layer.qk_rope_head_dim < 2 or layer.qk_rope_head_dim % 2 or layer.v_head_dim < 1:
+        if layer.kv_lora_rank < 1 or layer.qk_rope_head_dim < 0 or layer.qk_rope_head_dim % 2 or layer.v_head_dim < 1:
             raise ValueError(f"mla_layers: widths must be positive and qk_rope_head_dim even, found {dict(data)}")
         if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
             )
+        if layer.q_norm not in (None, "head", "all"):
+            raise ValueError(f'mla_layers: expected "head", "all" or null for q_norm, found {layer.q_norm!r}')
         return layer
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +92,8 @@ class XecoConfigMixin:
 
     def kv_cache_numbers_per_token(self) -> list[int]:
         """Numbers that each layer caches per token: latent and rotary key, or the keys and values of a kept layer."""
-        kept = 2 * self.num_key_value_heads * self.head_dim_or_default()
+        groups = getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+        kept = 2 * groups * self.head_dim_or_default()
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
         return [kept if layer is None else layer.cache_width for layer in layers]
 
@@ -125,7 +132,7 @@ def family_config_class(prefix: str) -> Any:
     """The configuration class of a converted family: `family_config_class("Llama")` is `XecoLlamaConfig`."""
     name = f"Xeco{prefix}Config"
     if name not in globals():
-        source = getattr(transformers, f"{prefix}Config")
+        source = source_class(prefix, "Config")
         attributes = {
             "__module__": __name__,
             "__doc__": f"{source.__name__} of a model whose attention was converted to MLA by xeco-convert.",
@@ -139,6 +146,11 @@ def family_config_class(prefix: str) -> Any:
         }
         globals()[name] = type(name, (XecoConfigMixin, source), attributes)
     return globals()[name]
+
+
+def source_class(prefix: str, kind: str) -> Any:
+    """The transformers class of a family: that of the text model where it has several (Gemma3TextModel)."""
+    return getattr(transformers, f"{prefix}Text{kind}", None) or getattr(transformers, f"{prefix}{kind}")
 
 
 def auto_map(prefix: str) -> dict[str, str]:

@@ -16,11 +16,10 @@ import warnings
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .configuration_xeco import MlaLayer, family_config_class
+from .configuration_xeco import MlaLayer, family_config_class, source_class
 
 fused: Any
 try:
@@ -61,13 +60,22 @@ class LatentSelfAttention(nn.Module):
         self.qk_nope_head_dim = layer.qk_nope_head_dim
         self.qk_rope_head_dim = layer.qk_rope_head_dim
         self.v_head_dim = layer.v_head_dim
+        self.logit_softcap = layer.logit_softcap
         self.rope_index = layer.rope_index
         self._build_projections(config, layer)
         self._build_rotation(config, rotary_class)
 
     def _build_projections(self, config: Any, layer: MlaLayer) -> None:
         hidden, heads = config.hidden_size, self.num_heads
-        query_width = heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim)
+        head_width = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+        eps = getattr(config, "rms_norm_eps", None) or config.layer_norm_eps
+        self.q_norm: nn.Module | None = None
+        if layer.q_norm is not None:
+            width = layer.qk_nope_head_dim * (heads if layer.q_norm == "all" else 1)
+            self.q_norm, self.q_norm_of_all = nn.RMSNorm(width, eps=eps), layer.q_norm == "all"
+            self.q_head_proj = nn.Linear(layer.qk_nope_head_dim, heads * head_width, bias=False)
+            head_width = layer.qk_nope_head_dim
+        query_width = heads * head_width
         self.q_lora_rank = layer.q_lora_rank
         if layer.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, query_width, bias="q" in layer.biases)
@@ -75,7 +83,6 @@ class LatentSelfAttention(nn.Module):
             self.q_a_proj = nn.Linear(hidden, layer.q_lora_rank, bias=False)
             self.q_b_proj = nn.Linear(layer.q_lora_rank, query_width, bias="q" in layer.biases)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, layer.cache_width, bias="kv_a" in layer.biases)
-        eps = config.rms_norm_eps
         self.kv_a_layernorm = nn.RMSNorm(layer.kv_lora_rank, eps=eps) if layer.latent_norm else None
         width = heads * (layer.qk_nope_head_dim + layer.v_head_dim)
         self.kv_b_proj = nn.Linear(layer.kv_lora_rank, width, bias="kv_b" in layer.biases)
@@ -95,7 +102,7 @@ class LatentSelfAttention(nn.Module):
         if self._column_table is None or self._column_table.device != device:
             assert self.rope_index is not None
             with torch.inference_mode(False):  # made during generate, the table must still serve training
-                self._column_table = torch.tensor(self.rope_index * 2, device=device)
+                self._column_table = torch.tensor(self.rope_index * 2, dtype=torch.int64, device=device)
         return self._column_table
 
     def forward(
@@ -112,6 +119,8 @@ class LatentSelfAttention(nn.Module):
         attention_mask: [B, 1, Q, T], boolean or additive; or None, as transformers calls it: one query sees every cached
         token, several are the first ones and see each other causally. Weights are given by the eager implementation alone.
         """
+        if past_key_values is None:
+            past_key_values = kwargs.get("layer_past")  # GPT-NeoX's name for it
         cos, sin = self._rotation(hidden_states, position_embeddings, position_ids)
         q_nope, q_rope = self._queries(hidden_states)
         c_kv, k_rope = self._latents(hidden_states)
@@ -145,10 +154,18 @@ class LatentSelfAttention(nn.Module):
             queries = self.q_proj(hidden_states)
         else:
             queries = self.q_b_proj(self.q_a_proj(hidden_states))
-        q_nope, q_rope = queries.unflatten(-1, (self.num_heads, -1)).split(
-            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
-        )
+        queries = queries.unflatten(-1, (self.num_heads, -1)) if self.q_norm is None else self._normalised(queries)
+        q_nope, q_rope = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
+
+    def _normalised(self, queries: Tensor) -> Tensor:
+        """The source's own queries [B, Q, H·N] behind its norm, each head mapped to [B, Q, H, N+P]."""
+        assert self.q_norm is not None
+        if self.q_norm_of_all:
+            heads = self.q_norm(queries).unflatten(-1, (self.num_heads, -1))
+        else:
+            heads = self.q_norm(queries.unflatten(-1, (self.num_heads, -1)))
+        return torch.einsum("bqhn,hmn->bqhm", heads, self.q_head_proj.weight.unflatten(0, (self.num_heads, -1)))
 
     def _latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, Q, R] and shared rotary key [B, Q, P], not yet rotated."""
@@ -159,6 +176,8 @@ class LatentSelfAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Heads' outputs [B, Q, H, V], and the weights where the eager implementation is asked for."""
+        if self.logit_softcap is not None:
+            return self._attend_soft_capped(q_nope, q_rope, c_kv, k_rope, mask)
         dtype = _common_dtype(q_nope, q_rope, c_kv, k_rope)
         needs_gradients = torch.is_grad_enabled() and (q_nope.requires_grad or c_kv.requires_grad)
         sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients)
@@ -175,6 +194,10 @@ class LatentSelfAttention(nn.Module):
             return out, weights if call.needs_weights else None
         q_latent = self._to_latents(q_nope)
         if implementation == "fused":
+            if (
+                self.qk_rope_head_dim == 0
+            ):  # a layer without rotation: the kernels take at least one pair, here of zeros
+                q_rope, k_rope = functional.pad(q_rope, (0, 2)), functional.pad(k_rope, (0, 2))
             out_BQHR = fused.fused_attention(
                 q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, dtype=dtype, ranges=ranges
             )
@@ -183,6 +206,25 @@ class LatentSelfAttention(nn.Module):
                 q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=self._dropout
             )
         return self._from_latents(out_BQHR), None
+
+    def _attend_soft_capped(
+        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores bounded as cap · tanh(score / cap), which no fused kernel does: written from the formula, float32 softmax.
+        The bias of the un-rotated keys counts here, so keys are expanded."""
+        keys_values = self.kv_b_proj(c_kv).unflatten(-1, (self.num_heads, -1))
+        k_nope, values = keys_values.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        scores = torch.einsum("bqhn,bthn->bhqt", q_nope, k_nope) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
+        cap = float(self.logit_softcap or 0.0)
+        scores = cap * torch.tanh(scores * self.scaling / cap)
+        if mask is None:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            mask = visible.tril(diagonal=scores.shape[-1] - scores.shape[-2])
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        weights = functional.dropout(weights, p=self._dropout)
+        return torch.einsum("bhqt,bthv->bqhv", weights, values), weights
 
     def explain_choice(self, num_queries: int, num_tokens: int) -> str:
         """Which implementation attention without a mask takes for these numbers of tokens, and why, in words."""
@@ -336,6 +378,8 @@ def _common_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of half-split pairs (RoFormer, arXiv 2104.09864): x [..., P], cos and sin broadcastable to it."""
+    if x.shape[-1] == 0:  # a layer without rotation
+        return x
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -356,7 +400,8 @@ def family_model_class(prefix: str, kind: str) -> Any:
     """The model class of a converted family: `family_model_class("Llama", "ForCausalLM")` is `XecoLlamaForCausalLM`."""
     name = f"Xeco{prefix}{kind}"
     if name not in globals():
-        source = getattr(transformers, f"{prefix}{kind}")
+        source = source_class(prefix, kind)
+        _register_weight_conversion(source, name, family_config_class(prefix).model_type)
         attributes = {
             "__module__": __name__,
             "__doc__": f"{source.__name__} whose attention was converted to MLA by xeco-convert.",
@@ -365,6 +410,17 @@ def family_model_class(prefix: str, kind: str) -> Any:
         }
         globals()[name] = type(name, (XecoModelMixin, source), attributes)
     return globals()[name]
+
+
+def _register_weight_conversion(source: Any, name: str, model_type: str) -> None:
+    """Checkpoints of a converted family store weights as those of its source do (experts one by one, for one): transformers
+    looks up the conversion of names by class or by model_type."""
+    from transformers import conversion_mapping as conversions
+
+    for found, own in ((source.__name__, name), (source.config_class.model_type, model_type)):
+        mapping = conversions.get_checkpoint_conversion_mapping(found)
+        if mapping is not None and conversions.get_checkpoint_conversion_mapping(own) is None:
+            conversions.register_checkpoint_conversion_mapping(own, mapping)
 
 
 def _initialiser(source: Any) -> Any:
@@ -381,9 +437,10 @@ def replace_attention(model: Any, config: Any) -> None:
     for layer_idx, decoder_layer in enumerate(model.layers):
         layer = config.layer(layer_idx)
         if layer is not None:
-            source = decoder_layer.self_attn
+            name = "self_attn" if hasattr(decoder_layer, "self_attn") else "attention"  # GPT-NeoX
+            source = getattr(decoder_layer, name)
             attention_class = _attention_class(type(source))
-            decoder_layer.self_attn = attention_class(config, source, layer, type(model.rotary_emb))
+            setattr(decoder_layer, name, attention_class(config, source, layer, type(model.rotary_emb)))
 
 
 _attention_classes: dict[type[nn.Module], type[LatentSelfAttention]] = {}

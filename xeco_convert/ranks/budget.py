@@ -59,6 +59,23 @@ def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: flo
     return thinned if least in thinned else [least, *thinned]
 
 
+def full_splits(full_rank: int, most_rope: int, multiple: int, average: int) -> list[Widths]:
+    """For the same widths in every layer: each rotary width with the largest rank that the average leaves for it."""
+    half = rope_step(multiple)
+    offers = [
+        Widths(kv_lora_rank=min(full_rank, (average - rope) // half * half), qk_rope_head_dim=rope)
+        for rope in range(half, most_rope + 1, half)
+        if average - rope >= multiple
+    ]
+    return offers or [Widths(kv_lora_rank=multiple, qk_rope_head_dim=half)]
+
+
+def without_rotation(offers: Sequence[Widths], full_rank: int) -> list[Widths]:
+    """The same sums for a layer that rotates nothing (NoPE): all of them latent, each sum once."""
+    totals = sorted({min(widths.total, full_rank) for widths in offers})
+    return [Widths(kv_lora_rank=total, qk_rope_head_dim=0) for total in totals]
+
+
 def rope_step(multiple: int) -> int:
     """Step of the rotary width: half a step of the rank, even because rotary rows come in pairs."""
     return max(2, multiple // 2 // 2 * 2)
@@ -84,6 +101,27 @@ def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[
         best, pick = _add_layer(best, _cheapest_by_steps(offers, unit), steps)
         picks.append(pick)
     return _trace(picks, steps, unit)
+
+
+def same_widths(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[Widths, ...]:
+    """The same widths for every layer that rotates, at the least summed cost; layers without rotation get the same rank.
+
+    Raises `OptionError` that says the smallest possible budget where none fits.
+    """
+    rotated = [offers for offers in costs if any(widths.qk_rope_head_dim for widths in offers)] or list(costs)
+    total = len(costs)
+    common = set.intersection(*(set(offers) for offers in rotated))
+    fitting = [widths for widths in common if widths.total * total <= budget]
+    if not fitting:
+        smallest = min(widths.total for widths in common) * total
+        raise OptionError(
+            f"a KV budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
+            "Allow more, or lower --rank-multiple."
+        )
+    key = lambda widths: (sum(offers[widths] for offers in rotated), widths.total, widths.kv_lora_rank)  # noqa: E731
+    best = min(fitting, key=key)
+    still = Widths(kv_lora_rank=best.kv_lora_rank, qk_rope_head_dim=0)
+    return tuple(best if any(widths.qk_rope_head_dim for widths in offers) else still for offers in costs)
 
 
 def _cheapest_by_steps(offers: Mapping[Widths, float], unit: int) -> dict[int, tuple[float, Widths]]:

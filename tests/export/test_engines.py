@@ -1,0 +1,118 @@
+"""What engines read of an export: transformers without this package, and the rules of llama.cpp's converter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from builders import random_ids
+from safetensors import safe_open
+from test_deepseek_v3 import convert
+from transformers import AutoModelForCausalLM
+
+from xeco_convert.export import ExportOptions, export_checkpoint
+
+_WITHOUT_THIS_PACKAGE = """
+import sys
+sys.path.append(sys.argv[1])
+import importlib.util
+assert importlib.util.find_spec("xeco_convert") is None
+import torch
+from transformers import DeepseekV3ForCausalLM
+model = DeepseekV3ForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
+ids = torch.load(sys.argv[3])
+output = model.generate(ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+cache = output.past_key_values.layers[0]
+torch.save((model(ids).logits.detach(), output.sequences, cache.keys.shape[-1] + cache.values.shape[-1]), sys.argv[4])
+"""
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(tmp_path_factory.mktemp("portable"), "llama", rank=12, rope_dim=8)
+
+
+def test_transformers_loads_it_where_this_package_is_not_installed(portable: Path, tmp_path: Path) -> None:
+    """A Python without site's .pth files: what is installed in editable mode is not there."""
+    export_checkpoint(portable, tmp_path / "stock")
+    ids = random_ids(1, 12)
+    torch.save(ids, tmp_path / "ids.pt")
+    arguments = [
+        sysconfig.get_path("purelib"),
+        str(tmp_path / "stock"),
+        str(tmp_path / "ids.pt"),
+        str(tmp_path / "out.pt"),
+    ]
+    command = [sys.executable, "-I", "-S", "-c", _WITHOUT_THIS_PACKAGE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logits, sequences, cached = torch.load(tmp_path / "out.pt")
+    ours = AutoModelForCausalLM.from_pretrained(portable, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, ours(ids).logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(sequences, ours.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0))
+    assert cached == 12 + 8
+
+
+def test_tensor_names_and_shapes_are_those_that_llama_cpp_s_converter_maps(portable: Path, tmp_path: Path) -> None:
+    """The converter splits kv_b_proj of every layer into k_b and v_b, and renames; the graph of deepseek2 needs these."""
+    export_checkpoint(portable, tmp_path / "stock", ExportOptions(target="llama.cpp"))
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])
+    known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.DEEPSEEK2]
+    heads, widths = config["num_attention_heads"], config["qk_nope_head_dim"] + config["v_head_dim"]
+    found = set()
+    with safe_open(tmp_path / "stock" / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            shape = file.get_slice(name).get_shape()
+            parts = [name]
+            if name.endswith("kv_b_proj.weight"):
+                assert shape == [heads * widths, config["kv_lora_rank"]]
+                parts = [name.replace("kv_b_proj", part) for part in ("k_b_proj", "v_b_proj")]
+            for part in parts:
+                kind, mapped = names.get_type_and_name(part, try_suffixes=(".weight",)) or (None, None)
+                assert kind in known, part
+                found.add(mapped)
+    layer = (
+        "attn_norm",
+        "attn_q",
+        "attn_kv_a_mqa",
+        "attn_kv_a_norm",
+        "attn_k_b",
+        "attn_v_b",
+        "attn_output",
+        "ffn_norm",
+    )
+    layer += ("ffn_gate", "ffn_up", "ffn_down")
+    expected = {f"blk.{number}.{name}.weight" for number in range(3) for name in layer}
+    assert found == expected | {"token_embd.weight", "output_norm.weight", "output.weight"}
+
+
+def test_the_metadata_that_llama_cpp_needs_can_be_written_from_config_json(portable: Path, tmp_path: Path) -> None:
+    """Through the public package, by the keys of deepseek2; q_lora_rank 0 says that there is no query latent."""
+    export_checkpoint(portable, tmp_path / "stock", ExportOptions(target="llama.cpp"))
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["q_lora_rank"] == 0 and config["n_routed_experts"] >= 2 and config["n_group"] is None
+    writer = gguf.GGUFWriter(tmp_path / "meta.gguf", "deepseek2")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    writer.add_value_length(config["kv_lora_rank"])
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = gguf.GGUFReader(tmp_path / "meta.gguf").fields
+    assert fields["deepseek2.attention.kv_lora_rank"].contents() == 12
+    assert fields["deepseek2.leading_dense_block_count"].contents() == fields["deepseek2.block_count"].contents() == 3

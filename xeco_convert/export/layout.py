@@ -1,0 +1,203 @@
+"""Where everything of a converted model goes in a stock DeepSeek-V3 checkpoint: widths, rotary slots, fields of config.json.
+
+Letters: H heads, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xeco_convert.errors import CheckpointError, UnsupportedModelError
+from xeco_convert.export.targets import HeadWidths, Target
+from xeco_convert.families import AttentionGeometry, FamilySpec
+from xeco_convert.families.spec import rope_parameters
+from xeco_convert.modeling import MlaLayer
+
+STOCK_NORM_EPS = 1e-6  # of kv_a_layernorm in transformers, whatever config.json says
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotarySlots:
+    """The frequencies of a stock model are theta^(-2j/P). `stride`: slot j holds the source's frequency stride·j."""
+
+    stride: int
+    slots: int
+    rope_theta: float
+    whole: bool
+
+    def slot(self, frequency: int) -> int:
+        """The slot of a source frequency."""
+        return frequency // self.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLayout:
+    """What export needs to know before it reads a weight. `norm_eps`: of the latent norm in the target's forward."""
+
+    family: FamilySpec
+    geometry: AttentionGeometry
+    config: Mapping[str, Any]
+    layers: tuple[MlaLayer, ...]
+    heads: HeadWidths
+    rank: int
+    rotary: RotarySlots
+    target: Target
+    norm_eps: float
+
+    @property
+    def query_scale(self) -> float:
+        """The source's softmax scale over the stock one, (N + P)^-½: it goes into the queries."""
+        return self.family.softmax_scale(self.config) * math.sqrt(self.heads.nope + self.heads.rope)
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that the exported model caches per token and layer."""
+        return self.rank + self.heads.rope
+
+    def frequencies(self, layer: int) -> tuple[int, ...]:
+        """The source frequency of each rotary pair of a layer."""
+        widths = self.layers[layer]
+        return tuple(range(widths.qk_rope_head_dim // 2)) if widths.rope_index is None else widths.rope_index
+
+
+def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target) -> ExportLayout:
+    """Check a converted config.json against a target. Raises `UnsupportedModelError` with what would come out wrong."""
+    layers = _mla_layers(config)
+    _check_attention(config, family, layers)
+    geometry = family.geometry(config)
+    needed = max((layer.qk_rope_head_dim for layer in layers), default=0)
+    rotary = _slots(config, family, layers, needed)
+    heads = target.padded_heads(
+        HeadWidths(
+            nope=max(layer.qk_nope_head_dim for layer in layers),
+            rope=2 * rotary.slots,
+            v=max(layer.v_head_dim for layer in layers),
+        )
+    )
+    rotary = _widened(rotary, config, family, layers, heads.rope // 2)
+    target.check_rope(config, whole=rotary.whole)
+    eps = STOCK_NORM_EPS if target.name == "transformers" else family.norm_eps(config)
+    return ExportLayout(
+        family=family,
+        geometry=geometry,
+        config=config,
+        layers=layers,
+        heads=heads,
+        rank=target.padded_rank(max(layer.kv_lora_rank for layer in layers)),
+        rotary=rotary,
+        target=target,
+        norm_eps=eps,
+    )
+
+
+def _mla_layers(config: Mapping[str, Any]) -> tuple[MlaLayer, ...]:
+    entries = config.get("mla_layers")
+    if not isinstance(entries, list) or not entries:
+        raise CheckpointError("config.json: expected a checkpoint converted by xeco-convert, found no mla_layers.")
+    kept = [number for number, entry in enumerate(entries) if entry is None]
+    if kept:
+        raise UnsupportedModelError(
+            f"config.json: layers {kept} kept the source's attention, and a DeepSeek model has none but MLA; convert all layers."
+        )
+    return tuple(MlaLayer.from_dict(entry) for entry in entries)
+
+
+def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer]) -> None:
+    """What stock classes cannot do, each with its reason."""
+    biases = sorted({name for layer in layers for name in layer.biases})
+    reason = family.not_portable_because(config, biases)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"config.json: a {family.model_type} model cannot become DeepSeek-V3: {reason}. Serve the converted folder itself "
+            "(transformers, or vLLM's transformers backend)."
+        )
+
+
+def _slots(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], rope: int) -> RotarySlots:
+    """The narrowest stock grid that has a slot for every frequency in use."""
+    used: set[int] = set()
+    for number, layer in enumerate(layers):
+        index = layer.rope_index if layer.rope_index is not None else tuple(range(layer.qk_rope_head_dim // 2))
+        repeated = sorted({frequency for frequency in index if index.count(frequency) > 1})
+        if repeated:
+            raise UnsupportedModelError(
+                f"config.json: layer {number} rotates several pairs at one frequency ({repeated[0]}), and a stock rotary key has "
+                "one pair for each; convert with --portable."
+            )
+        used.update(index)
+    fresh = any(layer.rope_index is None for layer in layers)
+    if fresh and any(layer.rope_index is not None or layer.qk_rope_head_dim != rope for layer in layers):
+        raise UnsupportedModelError(
+            "config.json: rotary widths or frequencies differ between layers; convert with --portable."
+        )
+    stride = math.gcd(*used) or 1
+    slots = max(used, default=0) // stride + 1
+    return _widened(RotarySlots(stride=stride, slots=slots, rope_theta=0.0, whole=False), config, family, layers, slots)
+
+
+def _widened(
+    rotary: RotarySlots, config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], slots: int
+) -> RotarySlots:
+    """The same grid with more slots: theta'^(-2j/P') has to be theta^(-2·stride·j/D), D the width that theta is over."""
+    fresh = next((layer.qk_rope_head_dim for layer in layers if layer.rope_index is None), None)
+    width = fresh or family.rotary_width(config)
+    theta = float(rope_parameters(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    stock = theta ** (rotary.stride * 2 * slots / width)
+    whole = rotary.stride == 1 and 2 * slots == width
+    return RotarySlots(stride=rotary.stride, slots=slots, rope_theta=theta if whole else stock, whole=whole)
+
+
+def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
+    """config.json of a dense DeepSeek-V3: every layer below first_k_dense_replace, no shared or routed expert in use."""
+    source, values = layout.config, layout.family.completed(layout.config)
+    kept: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    )
+    kept += ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+    settings = {key: value for key, value in rope_parameters(source).items() if key != "partial_rotary_factor"}
+    kind = settings.pop("type", None)
+    settings = {
+        **settings,
+        "rope_type": settings.get("rope_type", kind or "default"),
+        "rope_theta": layout.rotary.rope_theta,
+    }
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **{name: values[name] for name in kept if values.get(name) is not None},
+        "num_key_value_heads": layout.geometry.num_attention_heads,
+        "hidden_act": values.get("hidden_act", "silu"),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "q_lora_rank": None,
+        "kv_lora_rank": layout.rank,
+        "qk_nope_head_dim": layout.heads.nope,
+        "qk_rope_head_dim": layout.heads.rope,
+        "v_head_dim": layout.heads.v,
+        "rope_parameters": settings,
+        "rope_theta": layout.rotary.rope_theta,
+        "rope_interleave": True,
+        "first_k_dense_replace": layout.geometry.num_hidden_layers,
+        "num_nextn_predict_layers": 0,
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": values["intermediate_size"],
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "dtype": dtype,
+        **layout.target.config,
+    }

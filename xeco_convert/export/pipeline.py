@@ -1,0 +1,220 @@
+"""The export on one screen: index -> layout -> latent norms -> write -> compare -> report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xeco_convert import __version__
+from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorReader
+from xeco_convert.checkpoint.output import check_output
+from xeco_convert.checkpoint.writer import DTYPE_NAMES
+from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.export.comparison import Comparison, compare_with_stock
+from xeco_convert.export.latent_norm import attentions, with_latent_norms
+from xeco_convert.export.layout import ExportLayout, make_layout, stock_config
+from xeco_convert.export.targets import TARGETS
+from xeco_convert.export.tensors import stock_headers, stock_tensors
+from xeco_convert.families import FamilySpec, supported_model_types
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
+from xeco_convert.options import parse_size
+
+FORMATS = ("deepseek-v3",)
+REPORT_FILE = "xeco_export.json"
+_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `xeco-convert export` does. Raises `OptionError` for a format or target that there is not."""
+
+    format: str = "deepseek-v3"
+    target: str = "transformers"
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise OptionError(f"--format: expected one of {', '.join(FORMATS)}, found {self.format}; change the value.")
+        if self.target not in TARGETS:
+            raise OptionError(f"--target: expected one of {', '.join(TARGETS)}, found {self.target}; change the value.")
+        parse_size(self.max_shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and how it compares. `norm_kl` (nats per token) and `norm_top1`: what putting a norm on the latents
+    changed in the model's predictions, None where the checkpoint was converted with one."""
+
+    format: str
+    target: str
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    kv_numbers_before: int
+    kv_numbers_after: int
+    norm_kl: float | None
+    norm_top1: float | None
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return dataclasses.asdict(self)
+
+
+def export_checkpoint(
+    converted: str | Path,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    on_progress: Progress | None = None,
+) -> ExportReport:
+    """Write the converted checkpoint `converted` as stock DeepSeek-V3 to the folder `output`, and compare the two.
+
+    Raises the errors of `xeco_convert.errors`, each with one sentence; then nothing is written.
+    """
+    options = options or ExportOptions()
+    progress = on_progress or (lambda what, share: None)
+    index = CheckpointIndex.open(converted)
+    check_output(Path(output), index.folder, overwrite=options.overwrite)
+    layout = make_layout(index.config, _family(index), TARGETS[options.target])
+    dtype = _stored_dtype(index, layout)
+    progress("latent norms", 0.0)
+    model = _load(index.folder)
+    weights_bytes = sum(header.num_bytes for header in index.headers.values())
+    step = with_latent_norms(model, index.folder, weights_bytes=weights_bytes, seed=options.seed)
+    state = _replaced(step.model) if step.fidelity is not None else {}
+    writer = CheckpointWriter(
+        Path(output),
+        stock_headers(layout, dtype),
+        max_shard_bytes=parse_size(options.max_shard_size),
+        overwrite=options.overwrite,
+    )
+    with writer:
+        _write_weights(writer, layout, index, dtype, state, step.model, progress)
+        _write_companions(writer, layout, index, dtype)
+        progress("compare with transformers' own class", 0.8)
+        writer.flush()
+        comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
+        report = _report(options, layout, step.fidelity, comparison)
+        writer.write_text(REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+    progress("written", 1.0)
+    return report
+
+
+def _family(index: CheckpointIndex) -> FamilySpec:
+    """The family of the source that was converted."""
+    model_type = str(index.config.get("model_type"))
+    family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
+    if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None:
+        raise CheckpointError(
+            f"{index.folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}; convert it first."
+        )
+    return family
+
+
+def _stored_dtype(index: CheckpointIndex, layout: ExportLayout) -> str:
+    name = f"{layout.family.module_name(0)}.o_proj.weight"
+    if name not in index.headers:
+        raise CheckpointError(f"{index.folder}: {name} is missing; the weights do not belong to this config.json.")
+    return index.headers[name].dtype
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    import xeco_convert  # noqa: F401  registers the converted families
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _replaced(model: Any) -> dict[str, torch.Tensor]:
+    """Weights that putting norms in place changed, by name."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.endswith(("kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight"))
+    }
+
+
+def _write_weights(
+    writer: CheckpointWriter,
+    layout: ExportLayout,
+    index: CheckpointIndex,
+    dtype: str,
+    state: dict[str, torch.Tensor],
+    model: Any,
+    progress: Progress,
+) -> None:
+    reader = TensorReader(index)
+
+    def read(name: str) -> torch.Tensor:
+        return state[name].detach() if name in state else reader.read(name, dtype=torch.float32)
+
+    def norm_weight(layer: int) -> torch.Tensor:
+        norm = attentions(model)[layer].kv_a_layernorm
+        assert norm is not None
+        return norm.weight.detach().float()
+
+    count = 10 * len(layout.layers) + 3
+    with torch.no_grad():
+        for done, (name, tensor) in enumerate(stock_tensors(layout, read, norm_weight)):
+            writer.write(name, [tensor.to(_TORCH_DTYPES[dtype])])
+            progress(name, 0.2 + 0.6 * done / count)
+
+
+def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, dtype: str) -> None:
+    for relative in index.companion_files():
+        writer.copy_file(index.folder / relative, relative)
+    config = stock_config(layout, _CONFIG_DTYPES[dtype])
+    writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    writer.write_text(
+        "README.md", _CARD.format(source=index.folder.name, target=layout.target.name, version=__version__)
+    )
+
+
+def _overrides(layout: ExportLayout) -> dict[str, Any]:
+    """Fields that a target wants otherwise than transformers, as transformers reads them."""
+    stock = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
+    return {name: stock[name] for name in layout.target.config}
+
+
+def _report(options: ExportOptions, layout: ExportLayout, fidelity: Any, comparison: Comparison) -> ExportReport:
+    return ExportReport(
+        format=options.format,
+        target=options.target,
+        kv_lora_rank=layout.rank,
+        qk_nope_head_dim=layout.heads.nope,
+        qk_rope_head_dim=layout.heads.rope,
+        v_head_dim=layout.heads.v,
+        kv_numbers_before=sum(layer.cache_width for layer in layout.layers),
+        kv_numbers_after=layout.cache_width * len(layout.layers),
+        norm_kl=None if fidelity is None else fidelity.kl,
+        norm_top1=None if fidelity is None else fidelity.top1,
+        comparison=comparison,
+    )
+
+
+_CARD = """---
+library_name: transformers
+tags:
+- mla
+- xeco-convert
+---
+
+# {source} as stock DeepSeek-V3
+
+A dense model of the DeepSeek-V3 architecture (no experts are in use), exported by xeco-convert {version} for {target}. It
+loads without remote code: `AutoModelForCausalLM.from_pretrained(folder)`. How it compares with the converted model is in
+`xeco_export.json`.
+"""
