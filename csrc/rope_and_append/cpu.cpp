@@ -11,16 +11,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "rope_and_append";
 
-struct AppendParams {
-  int64_t batch, num_queries, rank, rope;
-  RowsView c_kv, k_rope;              // [B, Q, R], [B, Q, P]
-  RowsView cos, sin;                  // [B or 1, Q, P]
-  RowsView c_kv_cache, k_rope_cache;  // [B, T, R], [B, T, P], or pages
-  const int64_t* positions;           // [B]
-  const int32_t* block_table;         // [B, max_pages], or null
-  int64_t block_table_stride, page_size;
-};
-
 template <class T>
 T* row_of(const RowsView& view, int64_t outer, int64_t row) {
   return const_cast<T*>(static_cast<const T*>(view.data)) + outer * view.outer_stride + row * view.row_stride;
