@@ -127,6 +127,7 @@ struct Float16 {
     const float size = std::fabs(x);
     if (x != x) return 0x7e00u;
     if (size >= 65520.0f) return sign | 0x7c00u;
+    if (size == 0.0f) return sign;
     int exponent = 0;
     std::frexp(size, &exponent);
     const int step = exponent < -13 ? -24 : exponent - 11;  // of the last place; subnormal below 2^-14
