@@ -22,9 +22,9 @@
 #if defined(XECO_EMULATE_LANES)
 #include "xeco/gpu/emulation.h"
 #elif defined(__HIP__) || defined(__HIPCC__)
-#include "xeco/gpu/hip.h"
+#include "xeco/gpu/amd.h"
 #else
-#include "xeco/gpu/cuda.h"
+#include "xeco/gpu/nvidia.h"
 #endif
 
 #if defined(XECO_MATRIX_IS_MFMA)
