@@ -1,4 +1,4 @@
-"""Absorbed and expanded attention give the same result, for prefill, decode and chunked prefill; counted work chooses."""
+"""Every implementation of attention gives the same result, for prefill, decode and chunked prefill."""
 
 from collections.abc import Callable
 
@@ -7,35 +7,31 @@ import torch
 from builders import random_ids
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from xeco_convert.modeling import LatentSelfAttention
+from xeco_convert.modeling import modeling_xeco
+from xeco_convert.ops import choice
+from xeco_convert.ops.extension import extension
+
+needs_extension = pytest.mark.skipif(extension() is None, reason="the extension is not built")
 
 # In float32, relative to the logits' standard deviation: 4e-6 was observed over all cases.
 TOLERANCE = 2e-5
 LENGTH = 25
 
 
-def attention_layers(model: PreTrainedModel) -> list[LatentSelfAttention]:
-    return [module for module in model.modules() if isinstance(module, LatentSelfAttention)]
-
-
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Forces one path, and gives the list in which the paths that were taken are noted."""
+    """Forces one implementation, and gives the list in which the paths that were taken are noted."""
 
     def force(path: str) -> list[str]:
         taken: list[str] = []
-        monkeypatch.setattr(LatentSelfAttention, "prefers_absorbed", lambda *_: path == "absorbed")
-        for name in ("_attend_absorbed", "_attend_expanded"):
-            original = getattr(LatentSelfAttention, name)
-            while hasattr(original, "original"):
-                original = original.original
 
-            def noted(*arguments: object, original=original, name=name):
-                taken.append(name.removeprefix("_attend_"))
-                return original(*arguments)
+        def chosen(call: choice.AttentionCall, asked: str | None = None) -> choice.Choice:
+            obstacle = choice.fused_obstacle(call)
+            assert path != "fused" or obstacle is None, obstacle
+            taken.append(path)
+            return choice.Choice(path, "the test says so")
 
-            noted.original = original
-            monkeypatch.setattr(LatentSelfAttention, name, noted)
+        monkeypatch.setattr(modeling_xeco, "choose", chosen)
         return taken
 
     return force
@@ -53,16 +49,17 @@ def in_chunks(model: PreTrainedModel, ids: torch.Tensor, sizes: list[int]) -> to
     [[LENGTH], [1] * LENGTH, [9, 1, 1, 14], [LENGTH - 1, 1], [2, 23]],
     ids=["prefill", "decode", "mixed", "last", "chunks"],
 )
-def test_both_paths_give_the_same_logits(
-    model: PreTrainedModel, choose: Callable[[str], list[str]], sizes: list[int]
+@pytest.mark.parametrize("path", ["absorbed", "reference", pytest.param("fused", marks=needs_extension)])
+def test_all_paths_give_the_logits_of_the_expanded_one(
+    model: PreTrainedModel, choose: Callable[[str], list[str]], sizes: list[int], path: str
 ) -> None:
     ids = random_ids(2, LENGTH)
     taken = choose("expanded")
     expected = in_chunks(model, ids, sizes)
     assert set(taken) == {"expanded"}
-    taken = choose("absorbed")
+    taken = choose(path)
     found = in_chunks(model, ids, sizes)
-    assert set(taken) == {"absorbed"}
+    assert set(taken) == {path}
     assert (found - expected).abs().max() / expected.std() < TOLERANCE
 
 
@@ -102,7 +99,7 @@ def test_attention_weights_are_given_by_the_eager_implementation(model: PreTrain
         assert float(weights.triu(diagonal=1).abs().max()) == 0
 
 
-@pytest.mark.parametrize("path", ["absorbed", "expanded"])
+@pytest.mark.parametrize("path", ["absorbed", "expanded", "reference", pytest.param("fused", marks=needs_extension)])
 def test_prefill_of_a_static_cache_does_not_look_at_unused_slots(
     model: PreTrainedModel, choose: Callable[[str], list[str]], path: str
 ) -> None:
@@ -116,18 +113,3 @@ def test_prefill_of_a_static_cache_does_not_look_at_unused_slots(
         model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits for position in (7, 8, 9)
     ]
     assert (torch.cat(found, dim=1) - expected).abs().max() / expected.std() < TOLERANCE
-
-
-@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (1, 1000), (7, 129), (129, 129), (4096, 4096), (64, 8192)])
-def test_choice_of_the_path_is_the_one_with_fewer_multiplications(queries: int, tokens: int) -> None:
-    """Multiplications of one head counted matrix by matrix, at DeepSeek-V2's widths."""
-    rank, nope, rope, value = 512, 128, 64, 128
-    attention = LatentSelfAttention.__new__(LatentSelfAttention)
-    torch.nn.Module.__init__(attention)
-    attention.kv_lora_rank, attention.qk_nope_head_dim = rank, nope
-    attention.qk_rope_head_dim, attention.v_head_dim = rope, value
-    absorbed = (
-        queries * nope * rank + queries * tokens * (rank + rope) + queries * tokens * rank + queries * rank * value
-    )
-    expanded = tokens * rank * (nope + value) + queries * tokens * (nope + rope) + queries * tokens * value
-    assert attention.prefers_absorbed(queries, tokens) == (absorbed <= expanded)

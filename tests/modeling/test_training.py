@@ -9,6 +9,10 @@ from builders import random_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from xeco_convert.modeling import modeling_xeco
+from xeco_convert.ops.choice import Choice
+from xeco_convert.ops.extension import extension
+
 pytestmark = [
     pytest.mark.usefixtures("gradients"),
     # renamed in transformers 5.22; PEFT still calls it by the name that the oldest supported version has
@@ -36,18 +40,21 @@ def test_every_weight_gets_a_gradient(student: PreTrainedModel) -> None:
     assert without == []
 
 
-def test_both_paths_give_the_same_gradients(student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_paths_give_the_same_gradients(student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, gradients = random_ids(2, 14), []
-    for absorbed in (True, False):
-        for layer in student.model.layers:
-            monkeypatch.setattr(
-                layer.self_attn, "prefers_absorbed", lambda *_, absorbed=absorbed: absorbed, raising=False
-            )
+    paths = ["expanded", "absorbed", "reference"] + ([] if extension() is None else ["fused"])
+    for path in paths:
+        monkeypatch.setattr(modeling_xeco, "choose", lambda *_, path=path: Choice(path, "the test says so"))
         gradients.append(gradients_of(student, ids))
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(
-            gradient, gradients[1][name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    for path, found in zip(paths, gradients, strict=True):
+        for name, gradient in found.items():
+            torch.testing.assert_close(
+                gradient,
+                gradients[0][name],
+                rtol=1e-3,
+                atol=1e-5,
+                msg=lambda m, name=name, path=path: f"{path} {name}: {m}",
+            )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -161,6 +161,15 @@ def test_what_the_backward_op_cannot_have_been_given_is_refused(case: str, kerne
         kernel(*arguments, *schema_order(COMMON, {}))
 
 
+def decode_through(door: str, tensors: list[Tensor], **given: Any) -> Any:
+    """Decode by one of its doors."""
+    if door == "public":
+        return latent_attention_decode(*tensors, softmax_scale=0.3, **given)
+    kernel = torch.ops.xeco.latent_attention_decode if door == "op" else decode_kernel
+    ranges = [given.get(name) for name in ("block_table", "starts", "lengths")]
+    return kernel(*tensors, *ranges, 0.3, given.get("window", 0), 0.0, given.get("num_splits", 0))
+
+
 TABLE = torch.arange(10, dtype=torch.int32).view(2, 5)
 LENGTHS = torch.tensor([18, 3])
 # what is changed in a paged call with 10 pages of 4 tokens, 5 for each of 2 sequences
@@ -214,24 +223,14 @@ def test_decode_refuses_what_is_outside_the_cache(case: str, door: str) -> None:
         torch.zeros(10, page_size, 8),
     ]
     with pytest.raises(REFUSED, match=sentence):
-        if door == "public":
-            latent_attention_decode(*tensors, softmax_scale=0.3, **given)
-        else:
-            kernel = torch.ops.xeco.latent_attention_decode if door == "op" else decode_kernel
-            ranges = [given[name] for name in ("block_table", "starts", "lengths")]
-            kernel(*tensors, *ranges, 0.3, given["window"], 0.0, given["num_splits"])
+        decode_through(door, tensors, **given)
 
 
 @pytest.mark.parametrize("door", ["public", "op", "plain kernel"])
 @pytest.mark.parametrize("lengths", [[130, 1], [1, -5]])
 def test_decode_refuses_lengths_outside_a_contiguous_cache(door: str, lengths: list[int]) -> None:
-    tensors, given = inputs(COMMON), torch.tensor(lengths)
     with pytest.raises(REFUSED, match="lengths: expected values from 0 to 129, got"):
-        if door == "public":
-            latent_attention_decode(*tensors, softmax_scale=0.3, lengths=given)
-        else:
-            kernel = torch.ops.xeco.latent_attention_decode if door == "op" else decode_kernel
-            kernel(*tensors, None, None, given, 0.3, 0, 0.0, 0)
+        decode_through(door, inputs(COMMON), lengths=torch.tensor(lengths))
 
 
 APPEND: dict[str, tuple[str, Callable[[Any], Any], str]] = {
@@ -259,11 +258,13 @@ def test_rope_and_append_refuses_what_does_not_fit(case: str, door: str) -> None
     arguments: list[Any] = [*(torch.zeros(*shape) for shape in shapes), None, torch.tensor([0, 6])]
     name, change, sentence = APPEND[case]
     arguments[APPEND_NAMES.index(name)] = change(arguments[APPEND_NAMES.index(name)])
+    doors: dict[str, Callable[..., Any]] = {
+        "public": lambda *a: rope_and_append(*a[:6], block_table=a[6], positions=a[7]),
+        "op": torch.ops.xeco.rope_and_append,
+        "plain kernel": append_kernel,
+    }
     with pytest.raises(REFUSED, match=sentence):
-        if door == "public":
-            rope_and_append(*arguments[:6], block_table=arguments[6], positions=arguments[7])
-        else:
-            (torch.ops.xeco.rope_and_append if door == "op" else append_kernel)(*arguments)
+        doors[door](*arguments)
 
 
 def test_float64_is_refused_by_the_compiled_kernels_alone() -> None:

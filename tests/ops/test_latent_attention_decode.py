@@ -188,7 +188,7 @@ def test_the_reference_lays_pages_side_by_side() -> None:
 def test_gradients_are_refused() -> None:
     tensors = inputs(COMMON)
     tensors[2].requires_grad_()
-    with pytest.raises(ValueError, match="latent_attention_decode: has no gradient: .*use latent_attention to train"):
+    with pytest.raises(ValueError, match=r"latent_attention_decode: has no gradient: .*use latent_attention to train"):
         decode(tensors, COMMON)
     with torch.no_grad():
         assert not decode(tensors, COMMON)[0].requires_grad

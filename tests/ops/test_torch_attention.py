@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xeco_convert.ops.torch_attention import causal_mask, absorbed_attention, reference_attention
+from xeco_convert.ops.torch_attention import absorbed_attention, causal_mask, reference_attention
 
 RANK, ROPE, SCALE = 24, 8, 0.31
 SIZES = [(1, 1), (1, 7), (1, 129), (7, 7), (5, 129), (129, 129), (2, 3)]

@@ -17,7 +17,7 @@ import transformers
 
 MODEL_TYPE_PREFIX = "xeco_"
 # Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
-CODE_FILES = ("configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py")
+CODE_FILES = ("configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py", "xeco_choice.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +114,11 @@ class XecoConfigMixin:
 def code_files() -> dict[str, Path]:
     """The files that a checkpoint carries, by the name that they have there; none where this is such a file itself."""
     here = Path(__file__).parent
-    operation = here.parent / "ops" / "torch_attention.py"
-    if not operation.is_file():
+    ops = here.parent / "ops"
+    if not ops.is_dir():
         return {}
-    return {CODE_FILES[0]: here / CODE_FILES[0], CODE_FILES[1]: here / CODE_FILES[1], CODE_FILES[2]: operation}
+    files = (here / "configuration_xeco.py", here / "modeling_xeco.py", ops / "torch_attention.py", ops / "choice.py")
+    return dict(zip(CODE_FILES, files, strict=True))
 
 
 def family_config_class(prefix: str) -> Any:

@@ -11,6 +11,8 @@ R kv_lora_rank.
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -20,18 +22,29 @@ from torch.nn import functional
 
 from .configuration_xeco import MlaLayer, family_config_class
 
+fused: Any
 try:
-    from xeco_convert.ops.torch_attention import absorbed_attention, reference_attention
-except ImportError:  # remote code on a machine without the package: the file written beside the weights
-    from .xeco_latent_attention import absorbed_attention, reference_attention  # type: ignore[no-redef]
+    from xeco_convert.ops import fused
+    from xeco_convert.ops.choice import AttentionCall, choose, explain, fused_obstacle
+    from xeco_convert.ops.torch_attention import absorbed_attention, reference_attention, reference_expanded_attention
+except ImportError:  # remote code on a machine without the package: the files written beside the weights
+    from .xeco_choice import AttentionCall, choose, explain, fused_obstacle  # type: ignore[no-redef,assignment]
+    from .xeco_latent_attention import (  # type: ignore[no-redef]
+        absorbed_attention,
+        reference_attention,
+        reference_expanded_attention,
+    )
+
+    fused = None
 
 
 class LatentSelfAttention(nn.Module):
     """Multi-head latent attention in place of a source layer's attention, with the same call and the stock cache.
 
-    Caches the latent [B, 1, T, R] as keys and the rotated shared key [B, 1, T, P] as values, and nothing else. Few
-    queries over a long cache attend to the latents themselves (absorbed); many queries expand them to keys and values
-    where that is less work. Both give the same result up to rounding.
+    Caches the latent [B, 1, T, R] as keys and the rotated shared key [B, 1, T, P] as values, and nothing else. Queries
+    attend to the latents themselves, in compiled kernels where these serve, or the latents are expanded to keys and values
+    where that is less work: ops/choice.py decides for each call, XECO_ATTENTION=reference|fused|sdpa decides for it, and
+    `explain_choice` says why. All give the same result up to rounding.
     """
 
     def __init__(self, config: Any, source: nn.Module, layer: MlaLayer, rotary_class: type[nn.Module]) -> None:
@@ -146,57 +159,122 @@ class LatentSelfAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Heads' outputs [B, Q, H, V], and the weights where the eager implementation is asked for."""
-        wants_weights = self.config._attn_implementation == "eager"
-        absorbed = wants_weights or self.prefers_absorbed(q_nope.shape[1], c_kv.shape[1])
-        # A wrapped up-projection (LoRA, quantised) or an offloaded one has no weight that could be read past it: expand
-        # through it.
-        if type(self.kv_b_proj) is not nn.Linear or self.kv_b_proj.weight.is_meta:
-            absorbed = False
-        if absorbed:
-            return self._attend_absorbed(q_nope, q_rope, c_kv, k_rope, mask, wants_weights)
-        return self._attend_expanded(q_nope, q_rope, c_kv, k_rope, mask), None
-
-    def prefers_absorbed(self, num_queries: int, num_tokens: int) -> bool:
-        """Whether attending to the latents costs fewer multiplications than expanding them to keys and values.
-
-        Per head: 2R + P for each query and key, and R·(N + V) for each query; against N + P + V for each query and key,
-        and R·(N + V) for each key.
-        """
-        rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
-        width = self.qk_nope_head_dim + self.v_head_dim
-        absorbed = num_queries * (num_tokens * (2 * rank + rope) + rank * width)
-        expanded = num_tokens * (num_queries * (width + rope) + rank * width)
-        return absorbed <= expanded
-
-    def _attend_absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, wants_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        weight_HNVR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        w_uk, w_uv = weight_HNVR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        # The bias of the un-rotated keys is left out: it adds the same to every score of a query, which softmax ignores.
-        q_latent = torch.einsum("bqhn,hnr->bqhr", q_nope, w_uk)
-        dropout = self.attention_dropout if self.training else 0.0
-        weights = None
-        if wants_weights:
-            out, weights = reference_attention(
-                q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=dropout
+        dtype = _common_dtype(q_nope, q_rope, c_kv, k_rope)
+        needs_gradients = torch.is_grad_enabled() and (q_nope.requires_grad or c_kv.requires_grad)
+        sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients)
+        asked, ranges = _asked(), None
+        call = self._call(*sizes, has_mask=mask is not None)
+        if mask is not None and fused_obstacle(call) is None:
+            ranges, obstacle = _ranges(mask, c_kv.shape[1])
+            call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
+        implementation = choose(call, asked).implementation
+        if implementation == "expanded":
+            return self._attend_expanded(q_nope, q_rope, c_kv, k_rope, mask), None
+        if implementation == "reference":
+            out, weights = self._attend_reference(q_nope, q_rope, c_kv, k_rope, mask, call.weight_obstacle is None)
+            return out, weights if call.needs_weights else None
+        q_latent = self._to_latents(q_nope)
+        if implementation == "fused":
+            out_BQHR = fused.fused_attention(
+                q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, dtype=dtype, ranges=ranges
             )
         else:
-            out = absorbed_attention(
-                q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=dropout
+            out_BQHR = absorbed_attention(
+                q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, attention_mask=mask, dropout=self._dropout
             )
-        values = torch.einsum("bqhr,hvr->bqhv", out, w_uv)
+        return self._from_latents(out_BQHR), None
+
+    def explain_choice(self, num_queries: int, num_tokens: int) -> str:
+        """Which implementation attention without a mask takes for these numbers of tokens, and why, in words."""
+        weight = self.o_proj.weight
+        return explain(self._call(num_queries, num_tokens, weight.device.type, weight.dtype, False), _asked())
+
+    def _call(
+        self,
+        num_queries: int,
+        num_tokens: int,
+        device_type: str,
+        dtype: torch.dtype,
+        needs_gradients: bool,
+        *,
+        has_mask: bool = False,
+        mask_obstacle: str | None = None,
+    ) -> AttentionCall:
+        return AttentionCall(
+            num_queries=num_queries,
+            num_tokens=num_tokens,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+            # in training always: reentrant checkpointing runs the first pass without gradients, and both must agree
+            needs_gradients=needs_gradients or self.training,
+            needs_weights=self.config._attn_implementation == "eager",
+            dropout=self._dropout,
+            has_mask=has_mask,
+            mask_obstacle=mask_obstacle,
+            kernel_obstacle=_kernel_obstacle(device_type, dtype, _asked()),
+            weight_obstacle=self._weight_obstacle(),
+        )
+
+    def _weight_obstacle(self) -> str | None:
+        """A wrapped up-projection or an offloaded one has no weight that could be read past it: expand through it."""
+        if type(self.kv_b_proj) is not nn.Linear:
+            return "kv_b_proj is wrapped (LoRA, quantised), so its weight cannot be absorbed"
+        return "the weight of kv_b_proj is offloaded" if self.kv_b_proj.weight.is_meta else None
+
+    @property
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _to_latents(self, q_nope: Tensor) -> Tensor:
+        """Un-rotated queries [B, Q, H, N] to queries of latents [B, Q, H, R].
+
+        The bias of the un-rotated keys is left out: it adds the same to every score of a query, which softmax ignores.
+        """
+        w_uk = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))[:, : self.qk_nope_head_dim]
+        return torch.einsum("bqhn,hnr->bqhr", q_nope, w_uk)
+
+    def _from_latents(self, out_BQHR: Tensor) -> Tensor:
+        """What heads read from the latents to their outputs [B, Q, H, V]."""
+        w_uv = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))[:, self.qk_nope_head_dim :]
+        values = torch.einsum("bqhr,hvr->bqhv", out_BQHR, w_uv)
         if self.kv_b_proj.bias is not None:
             values = values + self.kv_b_proj.bias.unflatten(0, (self.num_heads, -1))[:, self.qk_nope_head_dim :]
-        return values, weights
+        return values
+
+    def _attend_reference(
+        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, absorbed: bool
+    ) -> tuple[Tensor, Tensor]:
+        if not absorbed:
+            return reference_expanded_attention(
+                *self._expanded(q_nope, q_rope, c_kv, k_rope),
+                softmax_scale=self.scaling,
+                attention_mask=mask,
+                dropout=self._dropout,
+            )
+        out, weights = reference_attention(
+            self._to_latents(q_nope),
+            q_rope,
+            c_kv,
+            k_rope,
+            softmax_scale=self.scaling,
+            attention_mask=mask,
+            dropout=self._dropout,
+        )
+        return self._from_latents(out), weights
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, Q, N + P], keys [B, H, T, N + P] and values [B, H, T, V] of every head."""
+        expanded_BHTX = self.kv_b_proj(c_kv).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, values = expanded_BHTX.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        keys = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2), keys, values
 
     def _attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        expanded_BHTX = self.kv_b_proj(c_kv).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope, values = expanded_BHTX.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        keys = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
-        queries = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+        queries, keys, values = self._expanded(q_nope, q_rope, c_kv, k_rope)
         # Equal widths let torch's fused kernels serve; the padded columns come out as zeros and are dropped.
         values = functional.pad(values, (0, max(0, keys.shape[-1] - self.v_head_dim)))
         out = functional.scaled_dot_product_attention(
@@ -204,11 +282,63 @@ class LatentSelfAttention(nn.Module):
             keys,
             values,
             attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            dropout_p=self._dropout,
             is_causal=mask is None and queries.shape[2] > 1,
             scale=self.scaling,
         )
         return out[..., : self.v_head_dim].transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _asked() -> str | None:
+    """The implementation that XECO_ATTENTION names: reference, fused or sdpa; None leaves the choice to the counted work."""
+    return os.environ.get("XECO_ATTENTION") or None
+
+
+_warned = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernel_obstacle(device_type: str, dtype: torch.dtype, asked: str | None) -> str | None:
+    """Why no compiled kernel serves; where the whole package is missing, one warning says so."""
+    global _warned  # noqa: PLW0603
+    if asked not in (None, "fused"):
+        return f"XECO_ATTENTION={asked}"
+    if fused is not None:
+        return fused.kernel_obstacle(device_type, dtype)
+    if device_type == "cpu" and not _warned:
+        _warned = True
+        # transformers' registry: every checkpoint brings a copy of this file, and the warning is for the process
+        warnings.warn_explicit(
+            "xeco_convert is not installed; attention runs in plain torch: slower, same results (pip install xeco-convert)",
+            UserWarning,
+            __file__,
+            1,
+            registry=vars(transformers).setdefault("__warningregistry__", {}),
+        )
+    return "xeco_convert is not installed"
+
+
+def _ranges(mask: Tensor, num_tokens: int) -> tuple[Any, str | None]:
+    """The ranges that a mask stands for, and why there are none."""
+    if torch.compiler.is_compiling():
+        return None, "a mask's numbers cannot be read while torch.compile traces"
+    ranges = fused.ranges_of(mask) if mask.shape[-1] == num_tokens else None
+    return (
+        ranges,
+        None if ranges is not None else "the mask is not one range of tokens for each sequence in causal order",
+    )
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that attention is computed in: autocast's, or what holds the numbers of all inputs."""
+    device_type = tensors[0].device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

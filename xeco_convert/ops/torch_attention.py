@@ -77,17 +77,39 @@ def reference_attention(
     _check(q_latent, q_rope, c_kv, k_rope)
     scores = torch.einsum("bqhr,btr->bhqt", q_latent, c_kv) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * softmax_scale
-    if attention_mask is None:
-        attention_mask = causal_mask(q_latent.shape[1], c_kv.shape[1], q_latent.device)
-    if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    else:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1)
-    # A row of −∞ alone has no softmax: such a query (left padding) attends to nothing.
-    weights = weights.masked_fill((scores == -torch.inf).all(dim=-1, keepdim=True), 0.0).to(q_latent.dtype)
-    weights = functional.dropout(weights, p=dropout)
+    weights = _weights(scores, attention_mask, dropout).to(q_latent.dtype)
     return torch.einsum("bhqt,btr->bqhr", weights, c_kv), weights
+
+
+def reference_expanded_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    softmax_scale: float,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same over keys and values that were expanded for every head, where the up-projection has no weight to absorb.
+
+    queries [B, H, Q, D], keys [B, H, T, D], values [B, H, T, V] -> output [B, Q, H, V] and weights [B, H, Q, T].
+    """
+    scores = queries @ keys.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * softmax_scale
+    weights = _weights(scores, attention_mask, dropout).to(queries.dtype)
+    return (weights @ values).transpose(1, 2), weights
+
+
+def _weights(scores_BHQT: Tensor, attention_mask: Tensor | None, dropout: float) -> Tensor:
+    if attention_mask is None:
+        attention_mask = causal_mask(scores_BHQT.shape[2], scores_BHQT.shape[3], scores_BHQT.device)
+    if attention_mask.dtype == torch.bool:
+        scores_BHQT = scores_BHQT.masked_fill(~attention_mask, -torch.inf)
+    else:
+        scores_BHQT = scores_BHQT + attention_mask
+    # A row of −∞ alone has no softmax: such a query (left padding) attends to nothing.
+    nothing = (scores_BHQT == -torch.inf).all(dim=-1, keepdim=True)
+    return functional.dropout(scores_BHQT.softmax(dim=-1).masked_fill(nothing, 0.0), p=dropout)
 
 
 def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Tensor:

@@ -1,0 +1,55 @@
+"""What the model calls when the compiled kernels serve: the op for the occasion, and the inputs as it takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xeco_convert.ops.extension import kernel_obstacle
+from xeco_convert.ops.latent_attention import latent_attention
+from xeco_convert.ops.latent_attention_decode import latent_attention_decode
+from xeco_convert.ops.mask_ranges import Ranges, ranges_of
+
+__all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of"]
+
+
+def fused_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    *,
+    softmax_scale: float,
+    dtype: torch.dtype,
+    ranges: Ranges | None = None,
+) -> Tensor:
+    """`latent_attention` of the model: q_latent [B, Q, H, R], q_rope [B, Q, H, P], c_kv [B, T, R], k_rope [B, T, P] -> out.
+
+    They are brought to one dtype first (autocast leaves rotated keys in float32). ranges: what the mask says, for B
+    sequences or for one that stands for all; None: the queries are the last of T tokens, in causal order.
+    """
+    tensors = [_dense(tensor.to(dtype)) for tensor in (q_latent, q_rope, c_kv, k_rope)]
+    batch, num_queries = q_latent.shape[:2]
+    if ranges is not None and ranges.starts.shape[0] != batch:
+        starts, ends, positions = (x.expand(batch).contiguous() for x in ranges[:3])
+        ranges = Ranges(starts, ends, positions, ranges.window)
+    if num_queries == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        # One query sees an interval, whatever window made it: starts and lengths say it all.
+        if ranges is None:
+            return latent_attention_decode(*tensors, softmax_scale=softmax_scale)[0]
+        starts, lengths = ranges.starts, ranges.ends
+        return latent_attention_decode(*tensors, softmax_scale=softmax_scale, starts=starts, lengths=lengths)[0]
+    if ranges is None:
+        return latent_attention(*tensors, softmax_scale=softmax_scale)[0]
+    return latent_attention(
+        *tensors,
+        softmax_scale=softmax_scale,
+        starts=ranges.starts,
+        ends=ranges.ends,
+        query_positions=ranges.query_positions,
+        window=ranges.window,
+    )[0]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
