@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check-device clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m xeco_convert.demo --output demo-output
@@ -21,6 +21,10 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# All device code for every target, with no GPU: what is compiled, spilled and missing. CHECK=--quick, CHECK='sm_90 gfx942'
+check-device: $(VENV)/.installed
+	scripts/check_device.sh $(BIN)/python $(CHECK)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xeco-convert needs Python 3.11 or newer: make PYTHON=python3.12")'

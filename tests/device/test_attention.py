@@ -98,7 +98,9 @@ UNSEEN = [
 
 
 @pytest.mark.parametrize(("rule", "first", "last"), UNSEEN)
-def test_rows_that_no_query_sees_are_not_read(gpu: Emulated, rule: dict[str, Any], first: list[int], last: list[int]) -> None:
+def test_rows_that_no_query_sees_are_not_read(
+    gpu: Emulated, rule: dict[str, Any], first: list[int], last: list[int]
+) -> None:
     clean, scale = inputs(COMMON, torch.bfloat16), COMMON.softmax_scale
     dirty = poisoned(inputs(COMMON, torch.bfloat16), first, last)
     found, expected = (gpu.latent_attention(*x, softmax_scale=scale, **rule) for x in (dirty, clean))
@@ -226,7 +228,9 @@ def assert_backward(gpu: Emulated, sizes: Sizes, dtype: torch.dtype, rule: dict[
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_gradient_errors_are_at_most_twice_those_of_plain_torch(gpu: Emulated, sizes: Sizes, dtype: torch.dtype) -> None:
+def test_gradient_errors_are_at_most_twice_those_of_plain_torch(
+    gpu: Emulated, sizes: Sizes, dtype: torch.dtype
+) -> None:
     assert_backward(gpu, sizes, dtype, {})
 
 

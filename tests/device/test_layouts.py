@@ -39,7 +39,9 @@ def test_index_functions_are_the_vendors_tables(library: ctypes.CDLL, function: 
     assert len(places) == 256  # every element in one lane
 
 
-def product(library: ctypes.CDLL, left: torch.Tensor, right: torch.Tensor, *, transposed: int, again: int) -> torch.Tensor:
+def product(
+    library: ctypes.CDLL, left: torch.Tensor, right: torch.Tensor, *, transposed: int, again: int
+) -> torch.Tensor:
     result = torch.full((16, 16), torch.nan)
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (left, right)]
     flags = [ctypes.c_int64(transposed), ctypes.c_int64(again)]
@@ -61,7 +63,9 @@ def test_a_sum_serves_as_operand_without_an_exchange(library: ctypes.CDLL) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_two_bytes_is_widened_and_rounded_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_every_number_of_two_bytes_is_widened_and_rounded_as_torch_does(
+    library: ctypes.CDLL, dtype: torch.dtype
+) -> None:
     is_half = int(dtype == torch.float16)
     for bits in range(0, 65536, 7):
         number = torch.tensor(bits - 65536 * (bits >= 32768), dtype=torch.int16).view(dtype)
