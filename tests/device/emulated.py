@@ -23,13 +23,10 @@ _MACHINE = [Path(__file__).with_name(name) for name in ("machine.cpp", "emulated
 
 
 def build(machine: str, folder: Path) -> ctypes.CDLL:
-    """Compile the kernels for one of the machines and load them."""
+    """Compile the kernels for one of the machines, where `folder` has them not yet, and load them."""
     library = folder / f"{machine}.so"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = f"-std=c++17 -O2 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
-    subprocess.run(command, check=True)
+    if not library.exists():
+        _compile(machine, library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_lanes.restype = ctypes.c_int64
     loaded.widened.restype = ctypes.c_float
@@ -37,6 +34,14 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
     loaded.rounded.restype = ctypes.c_int64
     loaded.rounded.argtypes = [ctypes.c_int64, ctypes.c_float]
     return loaded
+
+
+def _compile(machine: str, library: Path) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = f"-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
+    subprocess.run(command, check=True)
 
 
 class _Shape(ctypes.Structure):

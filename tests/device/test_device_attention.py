@@ -1,4 +1,5 @@
-"""Whole device kernels of latent attention on the emulated machines: forward, decode and backward against float64."""
+"""Whole device kernels of latent attention, on the emulated machines and on a GPU: forward, decode and backward against
+float64."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 import torch
 from emulated import Emulated, KernelStoppedError
 from operands import COMMON, RULES, Sizes, assert_as_good_as_plain, finite, inputs, plain_torch
+from real import Real
 from torch import Tensor
 
 from xeco_convert.ops.latent_attention import latent_attention
@@ -26,15 +28,18 @@ SIZES = [
     Sizes(1, 65, 3, 512, 128, 1),
     Sizes(1, 40, 30, 320, 64, 1),
     Sizes(3, 40, 24, 512, 64, 1),
+    Sizes(0, 7, 3, 16, 16),
+    Sizes(2, 3, 3, 16, 16, 0),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
+Machine = Emulated | Real
 
 
 def exact_of(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return latent_attention(*(x.double() for x in tensors), softmax_scale=sizes.softmax_scale, **rule)
 
 
-def assert_forward(gpu: Emulated, sizes: Sizes, dtype: torch.dtype, rule: dict[str, Any]) -> None:
+def assert_forward(gpu: Machine, sizes: Sizes, dtype: torch.dtype, rule: dict[str, Any]) -> None:
     tensors = inputs(sizes, dtype)
     found = gpu.latent_attention(*tensors, softmax_scale=sizes.softmax_scale, **rule)
     exact, plain = exact_of(tensors, sizes, rule), plain_torch(tensors, sizes, rule)
@@ -46,30 +51,30 @@ def assert_forward(gpu: Emulated, sizes: Sizes, dtype: torch.dtype, rule: dict[s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_forward_errors_are_at_most_twice_those_of_plain_torch(gpu: Emulated, sizes: Sizes, dtype: torch.dtype) -> None:
+def test_forward_errors_are_at_most_twice_those_of_plain_torch(gpu: Machine, sizes: Sizes, dtype: torch.dtype) -> None:
     assert_forward(gpu, sizes, dtype, {})
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_forward_follows_ranges_windows_positions_and_caps(gpu: Emulated, rule: str) -> None:
+def test_forward_follows_ranges_windows_positions_and_caps(gpu: Machine, rule: str) -> None:
     assert_forward(gpu, COMMON, torch.bfloat16, RULES[rule])
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_any_number_of_stages_gives_the_result(gpu: Emulated, stages: int) -> None:
+def test_any_number_of_stages_gives_the_result(gpu: Machine, stages: int) -> None:
     sizes = Sizes(1, 400, 17, 32, 16, 1)
     assert_forward(replace(gpu, max_stages=stages), sizes, torch.bfloat16, {"starts": torch.tensor([3])})
 
 
 @pytest.mark.parametrize("sizes", [Sizes(3, 40, 24, 512, 64, 1), Sizes(7, 40, 10, 256, 64, 1)])
-def test_a_machine_with_less_shared_memory_takes_smaller_tiles(gpu: Emulated, sizes: Sizes) -> None:
-    small = replace(gpu, max_shared_bytes=99 * 1024 if gpu.max_shared_bytes > 99 * 1024 else gpu.max_shared_bytes)
+def test_a_machine_with_less_shared_memory_takes_smaller_tiles(gpu: Machine, sizes: Sizes) -> None:
+    small = replace(gpu, max_shared_bytes=min(gpu.max_shared_bytes, 99 * 1024))
     assert_forward(small, sizes, torch.bfloat16, {})
     assert_backward(small, sizes, torch.bfloat16, {})
 
 
 @pytest.mark.parametrize("width", [32, 40])
-def test_views_into_one_buffer_are_read_in_place(gpu: Emulated, width: int) -> None:
+def test_views_into_one_buffer_are_read_in_place(gpu: Machine, width: int) -> None:
     """Latent and rotary part side by side, rows on 16 bytes or not; queries with the heads first."""
     sizes = Sizes(3, 70, 5, 24, 8, 2)
     tensors = inputs(sizes, torch.bfloat16)
@@ -99,7 +104,7 @@ UNSEEN = [
 
 @pytest.mark.parametrize(("rule", "first", "last"), UNSEEN)
 def test_rows_that_no_query_sees_are_not_read(
-    gpu: Emulated, rule: dict[str, Any], first: list[int], last: list[int]
+    gpu: Machine, rule: dict[str, Any], first: list[int], last: list[int]
 ) -> None:
     clean, scale = inputs(COMMON, torch.bfloat16), COMMON.softmax_scale
     dirty = poisoned(inputs(COMMON, torch.bfloat16), first, last)
@@ -115,7 +120,7 @@ def test_rows_that_no_query_sees_are_not_read(
         assert results[0][2][b, : first[b]].count_nonzero() == 0 and results[0][3][b, last[b] :].count_nonzero() == 0
 
 
-def test_nan_in_a_row_that_is_seen_reaches_the_result(gpu: Emulated) -> None:
+def test_nan_in_a_row_that_is_seen_reaches_the_result(gpu: Machine) -> None:
     tensors = inputs(COMMON, torch.bfloat16)
     tensors[2][0, 0, 0] = torch.nan
     out, lse = gpu.latent_attention(*tensors, softmax_scale=COMMON.softmax_scale)
@@ -145,7 +150,7 @@ DECODE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", DECODE)
 @pytest.mark.parametrize("num_splits", [1, 3, 20])
-def test_decode_follows_lengths_in_any_number_of_splits(gpu: Emulated, options: str, num_splits: int) -> None:
+def test_decode_follows_lengths_in_any_number_of_splits(gpu: Machine, options: str, num_splits: int) -> None:
     sizes = COMMON
     tensors, rule = inputs(sizes, torch.bfloat16), decode_rule(DECODE[options], sizes.Q)
     found = gpu.latent_attention_decode(
@@ -174,7 +179,7 @@ def paged(rows: list[Tensor], lengths: Tensor, page_size: int) -> tuple[list[Ten
 
 @pytest.mark.parametrize("page_size", [1, 7, 64])
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_a_paged_cache_gives_what_a_contiguous_one_gives(gpu: Emulated, page_size: int, num_splits: int) -> None:
+def test_a_paged_cache_gives_what_a_contiguous_one_gives(gpu: Machine, page_size: int, num_splits: int) -> None:
     sizes = Sizes(2, 129, 3, 24, 8)
     q_latent, q_rope, *rows = inputs(sizes, torch.bfloat16)
     for lengths in (torch.tensor([129, 65]), torch.tensor([0, 64])):
@@ -186,20 +191,20 @@ def test_a_paged_cache_gives_what_a_contiguous_one_gives(gpu: Emulated, page_siz
             assert torch.equal(one, other)
 
 
-def test_a_page_that_does_not_exist_stops_the_kernel(gpu: Emulated) -> None:
+def test_a_page_that_does_not_exist_stops_the_kernel(emulated: Emulated) -> None:
     q_latent, q_rope, *rows = inputs(Sizes(1, 64, 3, 16, 16, 1), torch.bfloat16)
     pages, table = paged(rows, torch.tensor([64]), 16)
     table[0, 2] = 1000
     with pytest.raises(KernelStoppedError):
-        gpu.latent_attention_decode(
+        emulated.latent_attention_decode(
             q_latent, q_rope, *pages, softmax_scale=0.1, block_table=table, lengths=torch.tensor([64])
         )
 
 
 @pytest.mark.parametrize("rule", [{"ends": torch.tensor([130, 3])}, {"starts": torch.tensor([-1, 0])}])
-def test_a_range_beyond_the_cache_stops_the_kernel(gpu: Emulated, rule: dict[str, Any]) -> None:
+def test_a_range_beyond_the_cache_stops_the_kernel(emulated: Emulated, rule: dict[str, Any]) -> None:
     with pytest.raises(KernelStoppedError):
-        gpu.latent_attention(*inputs(COMMON, torch.bfloat16), softmax_scale=0.1, **rule)
+        emulated.latent_attention(*inputs(COMMON, torch.bfloat16), softmax_scale=0.1, **rule)
 
 
 # Backward
@@ -213,7 +218,7 @@ def gradients_of(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any], d_ou
     return [x.detach() for x in torch.autograd.grad(loss, leaves)]
 
 
-def assert_backward(gpu: Emulated, sizes: Sizes, dtype: torch.dtype, rule: dict[str, Any]) -> None:
+def assert_backward(gpu: Machine, sizes: Sizes, dtype: torch.dtype, rule: dict[str, Any]) -> None:
     tensors = inputs(sizes, dtype)
     generator = torch.Generator().manual_seed(7)
     d_out = torch.randn(tensors[0].shape, generator=generator).to(dtype)
@@ -228,17 +233,15 @@ def assert_backward(gpu: Emulated, sizes: Sizes, dtype: torch.dtype, rule: dict[
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_gradient_errors_are_at_most_twice_those_of_plain_torch(
-    gpu: Emulated, sizes: Sizes, dtype: torch.dtype
-) -> None:
+def test_gradient_errors_are_at_most_twice_those_of_plain_torch(gpu: Machine, sizes: Sizes, dtype: torch.dtype) -> None:
     assert_backward(gpu, sizes, dtype, {})
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_gradients_follow_ranges_windows_positions_and_caps(gpu: Emulated, rule: str) -> None:
+def test_gradients_follow_ranges_windows_positions_and_caps(gpu: Machine, rule: str) -> None:
     assert_backward(gpu, COMMON, torch.bfloat16, RULES[rule])
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 16])
-def test_any_number_of_groups_of_query_rows_gives_the_gradient(gpu: Emulated, num_groups: int) -> None:
+def test_any_number_of_groups_of_query_rows_gives_the_gradient(gpu: Machine, num_groups: int) -> None:
     assert_backward(replace(gpu, num_groups=num_groups), Sizes(33, 65, 5, 40, 24, 1), torch.bfloat16, {"window": 20})
