@@ -137,7 +137,9 @@ int stages_that_fit(const Queue& queue, const Bytes& bytes) {
   int stages = 1;
   if constexpr (kCopiesAreAsynchronous) {
     if (bytes(2) <= queue.max_shared_bytes) stages = 2;
-    while (stages < 4 && bytes(stages + 1) <= smaller_of(queue.max_shared_bytes, queue.shared_bytes_of_unit / 2)) ++stages;
+    constexpr int64_t kReserved = 1024;  // that CUDA keeps for itself in each block
+    const int64_t half = queue.shared_bytes_of_unit / 2 - kReserved;
+    while (stages < 4 && bytes(stages + 1) <= smaller_of(queue.max_shared_bytes, half)) ++stages;
   } else {
     static_cast<void>(bytes);  // copies pass through registers: a second stage hides nothing
   }

@@ -19,7 +19,7 @@ def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def offer(monkeypatch: pytest.MonkeyPatch, version: str) -> types.ModuleType:
     module = types.ModuleType(DEVICE_NAME)
-    module.version = version
+    module.version, module.__file__ = version, "_device.so"
     monkeypatch.setattr(importlib, "import_module", {DEVICE_NAME: module}.__getitem__)
     return module
 
