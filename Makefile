@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch looks for ninja on PATH, not beside its Python
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint extension sdist wheel sanitize clean
+.PHONY: demo test lint extension sdist wheel sanitize check-device clean
 
 demo: $(VENV)/.installed extension
 	$(BIN)/python -m xeco_convert.demo --output demo-output
@@ -52,6 +52,10 @@ $(VENV)/.extension: $(VENV)/.installed setup.py xeco_convert/__init__.py $(CSRC)
 	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/extension.log 2>&1 || { cat $(VENV)/extension.log; exit 1; }
 	@grep '^xeco-convert:' $(VENV)/extension.log || true
 	@if ls xeco_convert/_C.*.so > /dev/null 2>&1; then touch $@; fi
+
+# All device code for every target, with no GPU: what is compiled, spilled and missing. CHECK=--quick, CHECK='sm_90 gfx942'
+check-device: $(VENV)/.installed
+	scripts/check_device.sh $(BIN)/python $(CHECK)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xeco-convert needs Python 3.11 or newer: make PYTHON=python3.12")'

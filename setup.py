@@ -2,6 +2,8 @@
 
 XECO_BUILD_EXT=0 leaves the extension out, =1 demands it. Unset: it is built where torch and a C++ compiler are at hand, and
 left out with a line that says so where they are not (the package then runs in plain torch).
+XECO_BUILD_DEVICE=1 builds the GPU kernels as well, as a second module that is imported where torch has CUDA or ROCm: by nvcc of
+CUDA_HOME for TORCH_CUDA_ARCH_LIST, or by hipcc of ROCM_HOME for PYTORCH_ROCM_ARCH. They have not run on a GPU yet.
 XECO_EMULATE_AMX=1 and XECO_CXXFLAGS are for tests and sanitizers: csrc/README.md.
 """
 
@@ -49,6 +51,68 @@ def missing_tools() -> str | None:
     return None
 
 
+def device_wanted() -> bool:
+    """Whether to build the GPU kernels: only where asked, since they have not run on a GPU yet. Exits with a sentence where
+    XECO_BUILD_DEVICE=1 asks for what cannot be had."""
+    choice = os.environ.get("XECO_BUILD_DEVICE", "0")
+    if choice not in ("0", "1"):
+        sys.exit(f"XECO_BUILD_DEVICE: expected 0 or 1, found {choice!r}")
+    missing = missing_device_tools() if choice == "1" else None
+    if missing:
+        sys.exit(f"XECO_BUILD_DEVICE=1 asks for the GPU kernels, but {missing}")
+    return choice == "1"
+
+
+def missing_device_tools() -> str | None:
+    """What keeps the GPU kernels from being built, or None."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.hip is not None:
+        return None if cpp_extension.ROCM_HOME else "ROCM_HOME names no ROCm"
+    if torch.version.cuda is None:
+        return "this torch has neither CUDA nor ROCm"
+    if not cpp_extension.CUDA_HOME:
+        return "CUDA_HOME names no CUDA toolkit (nvcc)"
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    capabilities = [torch.cuda.get_device_capability(device) for device in devices]
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and capabilities and max(capabilities) < (8, 0):
+        return "they need a GPU of compute capability 8.0 or later (TORCH_CUDA_ARCH_LIST builds for another machine)"
+    return None
+
+
+def device_extension():
+    """The module xeco_convert._device: kernels in .cu files, registered with torch through its stable ABI."""
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    is_rocm = torch.version.hip is not None
+    archs = "PYTORCH_ROCM_ARCH" if is_rocm else "TORCH_CUDA_ARCH_LIST"
+    if not torch.cuda.is_available():  # nobody to ask: the kernels' own targets, PTX for what comes later
+        os.environ.setdefault(archs, "gfx90a;gfx942" if is_rocm else "8.0;9.0+PTX")
+    sources = sorted(str(file.relative_to(HERE)) for file in HERE.glob("csrc/**/*.cu"))
+    version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
+    macros = [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        ("USE_CUDA", None),  # declares what torch's C shim has for the current stream, under ROCm too
+        ("XECO_DEVICE_LIBRARY", None),
+        ("XECO_VERSION", f'"{version}"'),
+        ("XECO_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+        ("XECO_DEVICE_BACKEND", '"rocm"' if is_rocm else '"cuda"'),
+        ("XECO_DEVICE_ARCHS", f'"{os.environ.get(archs, "")}"'),
+    ]
+    host = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+    device = ["-O3", "-std=c++17"] + ([] if is_rocm else ["-Xcompiler", "-fvisibility=hidden"])
+    return CUDAExtension(
+        name="xeco_convert._device",
+        # module.cc: the suffix keeps it out of xeco_convert._C, which takes every .cpp
+        sources=[*sources, "csrc/device/module.cc"],
+        include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
+        define_macros=macros,
+        extra_compile_args={"cxx": host, "nvcc": device + shlex.split(os.environ.get("XECO_NVCCFLAGS", ""))},
+    )
+
+
 def extension():
     """The module xeco_convert._C."""
     import torch
@@ -85,6 +149,7 @@ def extension():
 if wanted():
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+    modules = [extension(), *([device_extension()] if device_wanted() else [])]
+    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
 else:
     setup()

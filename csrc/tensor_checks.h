@@ -32,7 +32,16 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Shape as given (-1: any size), on the CPU, last dimension dense.
+// Where the tensors of this library lie: the CPU for _C, an accelerator for _device (setup.py defines the macro there).
+#if defined(XECO_DEVICE_LIBRARY)
+inline bool is_served(const Tensor& tensor) { return tensor.is_cuda(); }
+constexpr const char* kServedDevice = "a GPU";
+#else
+inline bool is_served(const Tensor& tensor) { return tensor.is_cpu(); }
+constexpr const char* kServedDevice = "the CPU";
+#endif
+
+// Shape as given (-1: any size), on the library's device, last dimension dense.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   std::string expected = "[";
@@ -42,7 +51,8 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
     expected += (dim++ ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
   }
   require(fits, op, ": ", name, ": expected shape ", expected, "], got ", shape_of(tensor));
-  require(tensor.is_cpu(), op, ": ", name, ": expected a CPU tensor, as the others are, got one on another device");
+  require(is_served(tensor), op, ": ", name, ": expected a tensor on ", kServedDevice,
+          ", as the others are, got one on another device");
   require(tensor.dim() == 0 || tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, op, ": ", name,
           ": expected a dense last dimension (stride 1), got stride ", tensor.stride(dim - 1),
           "; call .contiguous() first");

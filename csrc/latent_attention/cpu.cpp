@@ -3,21 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "latent_attention/checks.h"
 #include "latent_attention/cpu_kernels.h"
-#include "tensor_checks.h"
 #include "xeco/dispatch.h"
 
 namespace xeco {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaxRank = 512, kMaxRope = 128;
 
 CpuKernels choose_kernels(const AttentionShape& shape) {
   const CpuLevel level = cpu_level();
@@ -36,43 +31,6 @@ CpuKernels choose_kernels(const AttentionShape& shape) {
   return scalar_kernels(shape.dtype);
 }
 
-struct Inputs {
-  const Tensor &q_latent, &q_rope, &c_kv, &k_rope;
-};
-
-// Shapes and dtypes of the four inputs. A paged cache has pages where a contiguous one has sequences.
-AttentionShape check_inputs(const char* op, const Inputs& in, bool paged) {
-  AttentionShape shape;
-  check_tensor(op, "q_latent", in.q_latent, {-1, -1, -1, -1});
-  shape.dtype = float_dtype(op, "q_latent", in.q_latent);
-  shape.batch = in.q_latent.size(0), shape.num_queries = in.q_latent.size(1);
-  shape.num_heads = in.q_latent.size(2), shape.rank = in.q_latent.size(3);
-  check_tensor(op, "q_rope", in.q_rope, {shape.batch, shape.num_queries, shape.num_heads, -1});
-  shape.rope = in.q_rope.size(3);
-  check_tensor(op, "c_kv", in.c_kv, {paged ? -1 : shape.batch, -1, shape.rank});
-  check_tensor(op, "k_rope", in.k_rope, {in.c_kv.size(0), in.c_kv.size(1), shape.rope});
-  check_same_dtype(op, "q_rope", in.q_rope, "q_latent", in.q_latent);
-  check_same_dtype(op, "c_kv", in.c_kv, "q_latent", in.q_latent);
-  check_same_dtype(op, "k_rope", in.k_rope, "q_latent", in.q_latent);
-  require(shape.rank >= 1 && shape.rank <= kMaxRank, op, ": q_latent: expected a width (kv_lora_rank) from 1 to ",
-          kMaxRank, ", got ", shape.rank);
-  require(shape.rope >= 1 && shape.rope <= kMaxRope, op, ": q_rope: expected a width (qk_rope_head_dim) from 1 to ",
-          kMaxRope, ", got ", shape.rope);
-  shape.num_tokens = in.c_kv.size(1);
-  return shape;
-}
-
-void set_rule(const char* op, AttentionShape& shape, double softmax_scale, int64_t window, double softcap) {
-  require(window >= 0, op, ": window: expected 0 (none) or a number of tokens, got ", window);
-  require(softcap >= 0, op, ": softcap: expected 0 (none) or a positive number, got ", softcap);
-  // Token numbers are compared as int32 in the kernels.
-  require(shape.num_tokens < std::numeric_limits<int32_t>::max(), op, ": c_kv: at most 2^31 - 2 tokens, got ",
-          shape.num_tokens);
-  shape.softmax_scale = static_cast<float>(softmax_scale);
-  shape.softcap = static_cast<float>(softcap);
-  shape.window = window;
-}
-
 // Values within [low, high] keep the kernels' sums of them far from overflow.
 void check_values(const char* op, const char* name, const int64_t* values, int64_t count, int64_t low, int64_t high) {
   for (int64_t b = 0; values != nullptr && b < count; ++b)
@@ -80,13 +38,7 @@ void check_values(const char* op, const char* name, const int64_t* values, int64
             values[b], " for sequence ", b);
 }
 
-void set_ranges(const char* op, AttentionShape& shape, bool causal, const OptionalTensor& starts,
-                const OptionalTensor& ends, const OptionalTensor& positions) {
-  require(causal || shape.window == 0, op, ": window: needs causal attention");
-  shape.causal = causal;
-  shape.starts = int64_data(op, "starts", starts, shape.batch);
-  shape.ends = int64_data(op, "ends", ends, shape.batch);
-  shape.query_positions = int64_data(op, "query_positions", positions, shape.batch);
+void check_ranges(const char* op, const AttentionShape& shape) {
   constexpr int64_t kFar = int64_t{1} << 40;
   check_values(op, "starts", shape.starts, shape.batch, 0, shape.num_tokens);
   check_values(op, "ends", shape.ends, shape.batch, 0, shape.num_tokens);
@@ -131,18 +83,9 @@ std::tuple<Tensor, Tensor> latent_attention(Tensor q_latent, Tensor q_rope, Tens
   params.shape = check_inputs(op, in, false);
   set_rule(op, params.shape, softmax_scale, window, softcap);
   set_ranges(op, params.shape, causal, starts, ends, query_positions);
+  check_ranges(op, params.shape);
   params.num_splits = automatic_splits(params.shape);
   return run_forward(in, params);
-}
-
-void set_pages(const char* op, AttentionShape& shape, const Inputs& in, const Tensor& block_table) {
-  check_dtype(op, "block_table", block_table, ScalarType::Int, "int32");
-  check_tensor(op, "block_table", block_table, {shape.batch, -1});
-  shape.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
-  shape.block_table_stride = block_table.stride(0);
-  shape.page_size = in.c_kv.size(1);
-  require(shape.page_size > 0, op, ": c_kv: expected pages of at least one token, got ", shape_of(in.c_kv));
-  shape.num_tokens = block_table.size(1) * shape.page_size;
 }
 
 // Every page that a sequence uses must exist. starts and ends: the tokens that are read.
@@ -254,20 +197,6 @@ void write_rows(const RowSums& sums, Dtype dtype, int64_t batch, int64_t offset,
   if (dtype == Dtype::kFloat16) write_rows<torch::headeronly::Half>(sums, batch, offset, width, out);
 }
 
-void check_saved(const char* op, const AttentionShape& shape, const Tensor& q_latent, const Tensor& d_out,
-                 const OptionalTensor& d_lse, const Tensor& out, const Tensor& lse) {
-  check_tensor(op, "d_out", d_out, {shape.batch, shape.num_queries, shape.num_heads, shape.rank});
-  check_tensor(op, "out", out, {shape.batch, shape.num_queries, shape.num_heads, shape.rank});
-  check_tensor(op, "lse", lse, {shape.batch, shape.num_heads, shape.num_queries});
-  check_same_dtype(op, "d_out", d_out, "q_latent", q_latent);
-  check_same_dtype(op, "out", out, "q_latent", q_latent);
-  check_dtype(op, "lse", lse, ScalarType::Float, "float32");
-  require(out.is_contiguous() && lse.is_contiguous(), op, ": out and lse: expected them contiguous, as the forward op made them");
-  if (!d_lse.has_value()) return;
-  check_tensor(op, "d_lse", *d_lse, {shape.batch, shape.num_heads, shape.num_queries});
-  check_dtype(op, "d_lse", *d_lse, ScalarType::Float, "float32");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
     Tensor d_out, OptionalTensor d_lse, Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor out,
     Tensor lse, OptionalTensor starts, OptionalTensor ends, OptionalTensor query_positions, double softmax_scale,
@@ -279,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
   shape = check_inputs(op, in, false);
   set_rule(op, shape, softmax_scale, window, softcap);
   set_ranges(op, shape, causal, starts, ends, query_positions);
+  check_ranges(op, shape);
   check_saved(op, shape, q_latent, d_out, d_lse, out, lse);
   const OptionalTensor dense_d_lse = d_lse.has_value() ? OptionalTensor(torch::stable::contiguous(*d_lse)) : d_lse;
   const Tensor delta = backward_delta(d_out, dense_d_lse, out, lse, shape);

@@ -3,23 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "tensor_checks.h"
+#include "rope_and_append/checks.h"
 
 namespace xeco {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-constexpr const char* kOp = "rope_and_append";
-
-struct AppendParams {
-  int64_t batch, num_queries, rank, rope;
-  RowsView c_kv, k_rope;              // [B, Q, R], [B, Q, P]
-  RowsView cos, sin;                  // [B or 1, Q, P]
-  RowsView c_kv_cache, k_rope_cache;  // [B, T, R], [B, T, P], or pages
-  const int64_t* positions;           // [B]
-  const int32_t* block_table;         // [B, max_pages], or null
-  int64_t block_table_stride, page_size;
-};
 
 template <class T>
 T* row_of(const RowsView& view, int64_t outer, int64_t row) {
@@ -64,65 +51,28 @@ void append_with_angles(const AppendParams& params, bool wide_angles) {
     append<T, T>(params);
 }
 
-// cos and sin of one sequence serve all: then the step from sequence to sequence is 0.
-RowsView angles_view(const Tensor& tensor) {
-  RowsView view = rows_view(tensor);
-  if (tensor.size(0) == 1) view.outer_stride = 0;
-  return view;
-}
-
-void check_slots(const AppendParams& params, int64_t capacity, int64_t num_pages) {
+void check_slots(const AppendParams& params) {
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t first = params.positions[b], last = first + params.num_queries;
-    require(first >= 0 && first <= capacity && last <= capacity, kOp, ": positions: expected values from 0 to ",
-            capacity - params.num_queries, " (", params.num_queries, " new tokens in a cache of ", capacity, "), got ",
-            first, " for sequence ", b);
+    require(first >= 0 && first <= params.capacity && last <= params.capacity, kAppendOp,
+            ": positions: expected values from 0 to ", params.capacity - params.num_queries, " (", params.num_queries,
+            " new tokens in a cache of ", params.capacity, "), got ", first, " for sequence ", b);
     for (int64_t slot = first; params.block_table != nullptr && slot < last; ++slot) {
       const int64_t page = slot / params.page_size;
       const int32_t found = params.block_table[b * params.block_table_stride + page];
-      require(found >= 0 && found < num_pages, kOp, ": block_table: expected pages from 0 to ", num_pages - 1, ", got ",
-              found, " at [", b, ", ", page, "]");
+      require(found >= 0 && found < params.num_pages, kAppendOp, ": block_table: expected pages from 0 to ",
+              params.num_pages - 1, ", got ", found, " at [", b, ", ", page, "]");
     }
   }
 }
 
 void rope_and_append(Tensor c_kv, Tensor k_rope, Tensor cos, Tensor sin, Tensor c_kv_cache, Tensor k_rope_cache,
                      OptionalTensor block_table, Tensor positions) {
-  AppendParams params{};
-  check_tensor(kOp, "c_kv", c_kv, {-1, -1, -1});
-  params.batch = c_kv.size(0), params.num_queries = c_kv.size(1), params.rank = c_kv.size(2);
-  check_tensor(kOp, "k_rope", k_rope, {params.batch, params.num_queries, -1});
-  params.rope = k_rope.size(2);
-  require(params.rope % 2 == 0, kOp, ": k_rope: expected an even width, got ", params.rope);
-  check_tensor(kOp, "cos", cos, {cos.dim() == 3 && cos.size(0) == 1 ? 1 : params.batch, params.num_queries, params.rope});
-  check_tensor(kOp, "sin", sin, {cos.size(0), params.num_queries, params.rope});
-  const bool paged = block_table.has_value();
-  check_tensor(kOp, "c_kv_cache", c_kv_cache, {paged ? -1 : params.batch, -1, params.rank});
-  check_tensor(kOp, "k_rope_cache", k_rope_cache, {c_kv_cache.size(0), c_kv_cache.size(1), params.rope});
-  const Dtype dtype = float_dtype(kOp, "c_kv", c_kv);
-  check_same_dtype(kOp, "k_rope", k_rope, "c_kv", c_kv);
-  check_same_dtype(kOp, "c_kv_cache", c_kv_cache, "c_kv", c_kv);
-  check_same_dtype(kOp, "k_rope_cache", k_rope_cache, "c_kv", c_kv);
-  check_same_dtype(kOp, "sin", sin, "cos", cos);
-  const bool wide_angles = cos.scalar_type() == ScalarType::Float;
-  require(wide_angles || cos.scalar_type() == k_rope.scalar_type(), kOp,
-          ": cos: expected float32 or the dtype of k_rope, got another dtype");
-  params.positions = int64_data(kOp, "positions", positions, params.batch);
-  int64_t capacity = c_kv_cache.size(1);
-  if (paged) {
-    check_dtype(kOp, "block_table", *block_table, ScalarType::Int, "int32");
-    check_tensor(kOp, "block_table", *block_table, {params.batch, -1});
-    params.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
-    params.block_table_stride = block_table->stride(0), params.page_size = c_kv_cache.size(1);
-    capacity = block_table->size(1) * params.page_size;
-  }
-  check_slots(params, capacity, c_kv_cache.size(0));
-  params.c_kv = rows_view(c_kv), params.k_rope = rows_view(k_rope);
-  params.cos = angles_view(cos), params.sin = angles_view(sin);
-  params.c_kv_cache = rows_view(c_kv_cache), params.k_rope_cache = rows_view(k_rope_cache);
-  if (dtype == Dtype::kFloat32) append<float, float>(params);
-  if (dtype == Dtype::kBFloat16) append_with_angles<torch::headeronly::BFloat16>(params, wide_angles);
-  if (dtype == Dtype::kFloat16) append_with_angles<torch::headeronly::Half>(params, wide_angles);
+  const AppendCall call = check_append({c_kv, k_rope, cos, sin, c_kv_cache, k_rope_cache}, block_table, positions);
+  check_slots(call.params);
+  if (call.dtype == Dtype::kFloat32) append<float, float>(call.params);
+  if (call.dtype == Dtype::kBFloat16) append_with_angles<torch::headeronly::BFloat16>(call.params, call.wide_angles);
+  if (call.dtype == Dtype::kFloat16) append_with_angles<torch::headeronly::Half>(call.params, call.wide_angles);
 }
 
 }  // namespace

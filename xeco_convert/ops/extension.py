@@ -1,5 +1,7 @@
 """The compiled kernels: imported once, on first use, and never needed.
 
+`xeco_convert._C` has the kernels of the CPU and is imported on first use; `xeco_convert._device` has those of a GPU and is
+imported with the ops, where it was built and torch has that backend.
 XECO_EXTENSION=path loads another build of the module (a sanitizer's, for one); XECO_CPU_LEVEL caps the instruction set.
 """
 
@@ -20,6 +22,8 @@ from xeco_convert.errors import XecoError
 NAME = "xeco_convert._C"
 CPU_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE_NAME = "xeco_convert._device"
+DEVICE_DTYPES = (torch.bfloat16, torch.float16)
 _KEPT_OUT = "attention runs in plain torch: slower, same results"
 
 
@@ -56,6 +60,8 @@ def kernel_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
 
     Loads the extension if it is the one thing that is left to know.
     """
+    if device_type == "cuda":
+        return _device_obstacle(dtype)
     if device_type != "cpu":
         return f"there are no compiled kernels for {device_type} tensors"
     if dtype not in CPU_DTYPES:
@@ -63,6 +69,36 @@ def kernel_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     if extension() is None:
         return "the extension xeco_convert._C is not there"
     return None
+
+
+def runs_in_reference(tensor: torch.Tensor) -> bool:
+    """Whether attention on such tensors is the reference's from the start, since the kernels that are registered for their
+    device refuse the dtype: float64 everywhere, float32 on a GPU that has compiled kernels."""
+    return tensor.dtype == torch.float64 or (tensor.is_cuda and _DEVICE is not None and tensor.dtype == torch.float32)
+
+
+def _device_obstacle(dtype: torch.dtype) -> str | None:
+    if _DEVICE is None:
+        return f"the GPU kernels {DEVICE_NAME} are not there"
+    if dtype not in DEVICE_DTYPES:
+        return f"the GPU kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _import_device() -> ModuleType | None:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return None  # the library needs torch's own of that backend
+    if importlib.util.find_spec(DEVICE_NAME) is None:
+        return None
+    try:
+        return _checked(importlib.import_module(DEVICE_NAME))
+    except ExtensionError:
+        raise
+    except ImportError as error:  # built for another torch or another driver
+        warnings.warn(
+            f"{DEVICE_NAME} does not load with torch {torch.__version__} ({error}); {_KEPT_OUT}", stacklevel=2
+        )
+        return None
 
 
 def _import() -> ModuleType | None:
@@ -111,3 +147,7 @@ def _checked(module: ModuleType) -> ModuleType:
             "build it again: pip install --no-build-isolation --editable ."
         )
     return module
+
+
+# At import, not on first use: the dispatcher must know these kernels before it looks for one. It touches no GPU.
+_DEVICE = _import_device()

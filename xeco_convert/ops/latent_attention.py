@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.ops.checks import check_attention_inputs, check_integers, check_rule, check_tensor, check_values
-from xeco_convert.ops.extension import first_loaded_now
+from xeco_convert.ops.extension import first_loaded_now, runs_in_reference
 
 _OP = "latent_attention"
 _FAR = 2**40  # query positions beyond it could overflow in sums
@@ -68,7 +68,7 @@ def latent_attention(
     """
     rule = (starts, ends, query_positions, float(softmax_scale), causal, window or 0, float(softcap or 0.0))
     _check(_OP, q_latent, q_rope, c_kv, k_rope, *rule)
-    if q_latent.dtype == torch.float64:
+    if runs_in_reference(q_latent):
         return latent_attention_reference(q_latent, q_rope, c_kv, k_rope, *rule)
     return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention(q_latent, q_rope, c_kv, k_rope, *rule))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.ops.checks import check_attention_inputs, check_integers, check_pages, check_rule, check_values
-from xeco_convert.ops.extension import first_loaded_now
+from xeco_convert.ops.extension import first_loaded_now, runs_in_reference
 from xeco_convert.ops.latent_attention import fake_attention, latent_attention_reference
 
 _OP = "latent_attention_decode"
@@ -60,7 +60,7 @@ def latent_attention_decode(
         )
     rule = (block_table, starts, lengths, float(softmax_scale), window or 0, float(softcap or 0.0), num_splits or 0)
     _check(q_latent, q_rope, c_kv, k_rope, *rule)
-    if q_latent.dtype == torch.float64:
+    if runs_in_reference(q_latent):
         _check_data(q_latent, q_rope, c_kv, k_rope, *rule)
         return latent_attention_decode_reference(q_latent, q_rope, c_kv, k_rope, *rule)
     return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention_decode(q_latent, q_rope, c_kv, k_rope, *rule))

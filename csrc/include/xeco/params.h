@@ -41,6 +41,10 @@ struct AttentionShape {
   // Paged cache: token t of sequence b lies in row t % page_size of page block_table[b, t / page_size].
   const int32_t* block_table = nullptr;  // [B, max_pages], or null: contiguous
   int64_t block_table_stride = 0, page_size = 0;
+  // For kernels on a device, whose host does not see the numbers: pages that exist, and whether the last query stands at
+  // ends[b] - 1 where query_positions is null.
+  int64_t num_pages = 0;
+  bool queries_end_at_ends = false;
 };
 
 struct ForwardParams {
@@ -66,6 +70,18 @@ struct BackwardParams {
   // float32 sums over the query rows of each group, later added up in their order
   float* d_rows = nullptr;  // [B, num_groups, T, R + P], zeroed
   int64_t num_groups = 1;
+};
+
+// rope_and_append: rows of new tokens, and the cache that they are written to.
+struct AppendParams {
+  int64_t batch = 0, num_queries = 0, rank = 0, rope = 0;
+  RowsView c_kv, k_rope;              // [B, Q, R], [B, Q, P]
+  RowsView cos, sin;                  // [B or 1, Q, P]; one for all: outer_stride 0
+  RowsView c_kv_cache, k_rope_cache;  // [B, T, R], [B, T, P], or pages
+  const int64_t* positions = nullptr;    // [B]
+  const int32_t* block_table = nullptr;  // [B, max_pages], or null
+  int64_t block_table_stride = 0, page_size = 0;
+  int64_t capacity = 0, num_pages = 0;  // slots of a sequence; pages that exist
 };
 
 // Runs body(item, context) for every item in [0, count), on several threads at once, in any order.

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds, tests and benchmarks the GPU kernels on a bare machine with torch >= 2.10, nvcc and a GPU, in under 9 minutes.
+# Nothing is installed or fetched: the packages that tests and benchmarks import (pytest, transformers, ...) must be there.
+#
+# Usage: benchmarks/gpu_session.sh [FOLDER]     results go to FOLDER (default: $OUT, or benchmarks/results)
+# Exit code 0: built, every test passed, every bound met. Each part is written, and the next one tried, whatever the result.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-${OUT:-benchmarks/results}}
+python=${PYTHON:-python3}
+mkdir -p "$folder"
+export PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+failed=0
+
+part() { # name, seconds at most, command...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" > "$folder/gpu_$name.log" 2>&1
+  local code=$?
+  echo "$name: exit code $code after $((SECONDS - start)) s, output in $folder/gpu_$name.log"
+  tail -n 25 "$folder/gpu_$name.log"
+  [ $code = 0 ] || failed=1
+  return $code
+}
+
+"$python" - << 'PYTHON' || exit 2
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit("gpu_session: torch sees no GPU")
+print(torch.cuda.get_device_name(0), "capability", torch.cuda.get_device_capability(0), "torch", torch.__version__)
+PYTHON
+if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability(0)))')
+  export TORCH_CUDA_ARCH_LIST
+fi
+
+XECO_BUILD_EXT=1 XECO_BUILD_DEVICE=1 part build 180 "$python" setup.py --quiet build_ext --inplace || exit 1
+part test 170 "$python" -m pytest tests/device -m gpu -q --maxfail=20 -p no:cacheprovider
+part bench 180 "$python" benchmarks/bench_gpu_attention.py --json "$folder/gpu_attention.json"
+exit $failed

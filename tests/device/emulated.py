@@ -1,0 +1,209 @@
+"""The device kernels on a host that plays a GPU: the sources of csrc/, every thread a fiber (csrc/include/xeco/gpu/emulation.h).
+
+Two machines: "mma" has warps of 32 lanes with mma.sync and ldmatrix (CUDA), "mfma" waves of 64 lanes (HIP).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+LANES = {"mma": 32, "mfma": 64}
+_SOURCES = [*sorted((ROOT / "csrc").glob("latent_attention/*ward_*.cu")), ROOT / "csrc/rope_and_append/device.cu"]
+_MACHINE = [Path(__file__).with_name(name) for name in ("machine.cpp", "emulated.cpp")]
+
+
+def build(machine: str, folder: Path) -> ctypes.CDLL:
+    """Compile the kernels for one of the machines, where `folder` has them not yet, and load them."""
+    library = folder / f"{machine}.so"
+    if not library.exists():
+        _compile(machine, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulated_lanes.restype = ctypes.c_int64
+    loaded.widened.restype = ctypes.c_float
+    loaded.widened.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    loaded.rounded.restype = ctypes.c_int64
+    loaded.rounded.argtypes = [ctypes.c_int64, ctypes.c_float]
+    return loaded
+
+
+def _compile(machine: str, library: Path) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = f"-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
+    subprocess.run(command, check=True)
+
+
+class _Shape(ctypes.Structure):
+    _names = (
+        "float16 batch num_queries num_tokens num_heads rank rope causal window starts ends query_positions block_table "
+        "block_table_stride page_size num_pages queries_end_at_ends"
+    )
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in _names.split()],
+        ("softmax_scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    )
+
+
+class _View(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_int64), ("strides", ctypes.c_int64 * 3))
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("max_shared_bytes", "shared_bytes_of_unit", "max_stages"))
+
+
+class KernelStoppedError(RuntimeError):
+    """A thread found a value that it must not work with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emulated:
+    """The ops on one emulated machine, with the arguments of the public functions."""
+
+    library: ctypes.CDLL
+    max_shared_bytes: int = 163 * 1024
+    max_stages: int = 4
+    num_groups: int = 1
+    _limits: _Limits = field(init=False, repr=False, compare=False, default_factory=_Limits)
+
+    def __post_init__(self) -> None:
+        self._limits.max_shared_bytes = self.max_shared_bytes
+        self._limits.shared_bytes_of_unit = self.max_shared_bytes
+        self._limits.max_stages = self.max_stages
+
+    def latent_attention(self, *tensors: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:
+        """q_latent, q_rope, c_kv, k_rope -> out, lse."""
+        return self._forward(tensors, _shape(tensors, **rule), num_splits=1)
+
+    def latent_attention_decode(self, *tensors: Tensor, num_splits: int = 1, **rule: Any) -> tuple[Tensor, Tensor]:
+        """The same for the last queries of a cache, contiguous or paged."""
+        rule["ends"] = rule.pop("lengths", None)
+        return self._forward(tensors, _shape(tensors, decode=True, **rule), num_splits)
+
+    def latent_attention_backward(
+        self, d_out: Tensor, d_lse: Tensor | None, tensors: list[Tensor], out: Tensor, lse: Tensor, **rule: Any
+    ) -> list[Tensor]:
+        """Gradients of q_latent, q_rope, c_kv and k_rope."""
+        shape = _shape(tensors, **rule)
+        gradients = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in tensors]
+        delta = torch.full_like(lse, torch.nan)
+        width = sum(-(-x.shape[-1] // 16) * 16 for x in tensors[2:])
+        sums = torch.full((tensors[2].shape[0], self.num_groups, tensors[2].shape[1], width), torch.nan)
+        self._call(
+            "emulated_backward",
+            shape,
+            _view(d_out),
+            _pointer(d_lse),
+            *map(_view, tensors),
+            _pointer(out),
+            _pointer(lse),
+            _pointer(delta),
+            ctypes.c_int64(self.num_groups),
+            _pointer(sums),
+            *map(_pointer, gradients),
+        )
+        return gradients
+
+    def rope_and_append(self, *tensors: Tensor, positions: Tensor, block_table: Tensor | None = None) -> None:
+        """c_kv, k_rope, cos, sin, c_kv_cache, k_rope_cache: the caches are changed."""
+        c_kv, k_rope, cos, _, cache, _ = tensors
+        views = (_View * 6)(*map(_view, tensors))
+        for angles in (2, 3):
+            if tensors[angles].shape[0] == 1:
+                views[angles].strides[0] = 0
+        sizes = (ctypes.c_int64 * 4)(*c_kv.shape, k_rope.shape[2])
+        stride, page_size, capacity = 0, 0, cache.shape[1]
+        if block_table is not None:
+            stride, page_size = block_table.stride(0), cache.shape[1]
+            capacity = page_size * block_table.shape[1]
+        pages = (ctypes.c_int64 * 4)(stride, page_size, capacity, cache.shape[0])
+        dtype = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[c_kv.dtype]
+        self._call(
+            "emulated_append",
+            ctypes.c_int64(dtype),
+            ctypes.c_int64(cos.dtype == torch.float32),
+            sizes,
+            views,
+            _pointer(positions),
+            _pointer(block_table),
+            pages,
+        )
+
+    def _forward(self, tensors: Any, shape: _Shape, num_splits: int) -> tuple[Tensor, Tensor]:
+        q_latent = tensors[0]
+        batch, queries, heads, rank = q_latent.shape
+        out = torch.full((batch, queries, heads, rank), torch.nan, dtype=q_latent.dtype)
+        lse = torch.full((batch, heads, queries), torch.nan)
+        sums = states = None
+        if num_splits > 1:
+            sums = torch.full((batch, queries * heads, num_splits, rank), torch.nan)
+            states = torch.full((batch, queries * heads, num_splits, 2), torch.nan)
+        self._call(
+            "emulated_forward",
+            shape,
+            *map(_view, tensors),
+            _pointer(out),
+            _pointer(lse),
+            ctypes.c_int64(num_splits),
+            _pointer(sums),
+            _pointer(states),
+        )
+        return out, lse
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        references = [ctypes.byref(x) if isinstance(x, ctypes.Structure) else x for x in arguments]
+        if getattr(self.library, function)(*references, ctypes.byref(self._limits)):
+            raise KernelStoppedError(function)
+
+
+def _shape(  # noqa: PLR0913  the rule of the ops
+    tensors: Any,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    block_table: Tensor | None = None,
+    decode: bool = False,
+) -> _Shape:
+    q_latent, q_rope, c_kv, _ = tensors
+    batch, queries, heads, rank = q_latent.shape
+    shape = _Shape(q_latent.dtype == torch.float16, batch, queries, c_kv.shape[1], heads, rank, q_rope.shape[3])
+    shape.causal, shape.window = causal, window or 0
+    shape.softmax_scale, shape.softcap = softmax_scale, softcap or 0.0
+    shape.starts, shape.ends = _address(starts), _address(ends)
+    shape.query_positions, shape.queries_end_at_ends = _address(query_positions), decode
+    if block_table is not None:
+        shape.block_table, shape.block_table_stride = _address(block_table), block_table.stride(0)
+        shape.page_size, shape.num_pages = c_kv.shape[1], c_kv.shape[0]
+        shape.num_tokens = block_table.shape[1] * c_kv.shape[1]
+    return shape
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_address(tensor))
+
+
+def _view(tensor: Tensor) -> _View:
+    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    strides = [*tensor.stride()[:-1], 0, 0][:3]
+    return _View(tensor.data_ptr(), (ctypes.c_int64 * 3)(*strides))

@@ -1,0 +1,249 @@
+// The machine behind xeco/gpu/emulation.h: blocks one after another, a fiber for every thread.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "xeco/gpu/emulation.h"
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers and changes stacks: what swapcontext does, less its two system calls.
+extern "C" void xeco_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl xeco_switch_stack
+.type xeco_switch_stack, @function
+xeco_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size xeco_switch_stack, .-xeco_switch_stack
+)");
+#else
+#include <ucontext.h>
+#endif
+
+namespace xeco::gpu::machine {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024, kFence = 1024;
+constexpr char kFenceByte = 0x5a;
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Fiber {
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  bool done = false;
+  const uint64_t* waits_for = nullptr;  // ready when it is no longer `seen`
+  uint64_t seen = 0;
+  std::vector<Copy> open;                // copies of the group that is being made
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+};
+
+struct Meeting {
+  Together together = nullptr;
+  std::vector<void*> lanes = std::vector<void*>(kLanes);
+  int arrived = 0;
+  uint64_t number = 0;
+};
+
+std::vector<Fiber> fibers;
+std::vector<Meeting> warps;
+std::vector<char> memory;
+size_t shared_size = 0;
+int num_threads = 0, current = 0, at_barrier = 0;
+uint64_t barrier_number = 0;
+int64_t current_block = 0;
+bool stopped = false;
+const std::function<void()>* entry = nullptr;
+std::mt19937 order;  // of the fibers: the same in every process
+#if defined(__x86_64__)
+void* scheduler = nullptr;
+#else
+ucontext_t scheduler;
+#endif
+
+void leave() {
+#if defined(__x86_64__)
+  xeco_switch_stack(&fibers[current].stack_pointer, scheduler);
+#else
+  swapcontext(&fibers[current].context, &scheduler);
+#endif
+}
+
+void enter(int number) {
+  current = number;
+#if defined(__x86_64__)
+  xeco_switch_stack(&scheduler, fibers[number].stack_pointer);
+#else
+  swapcontext(&scheduler, &fibers[number].context);
+#endif
+}
+
+[[noreturn]] void body() {
+  (*entry)();
+  fibers[current].done = true;
+  leave();
+  std::abort();
+}
+
+void start(Fiber& fiber) {
+  fiber.done = false, fiber.waits_for = nullptr;
+  fiber.open.clear(), fiber.groups.clear();
+#if defined(__x86_64__)
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack.data() + kStackBytes) & ~uintptr_t{15};
+  void** words = reinterpret_cast<void**>(top);
+  *--words = nullptr;  // where a caller's return address would be: the stack is then aligned as after a call
+  *--words = reinterpret_cast<void*>(&body);
+  words -= 6;
+  fiber.stack_pointer = words;
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber.context, reinterpret_cast<void (*)()>(&body), 0);
+#endif
+}
+
+void wait_until_it_changes(const uint64_t& number) {
+  Fiber& fiber = fibers[current];
+  fiber.waits_for = &number, fiber.seen = number;
+  leave();
+}
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulated GPU: block %lld, thread %d: %s\n", static_cast<long long>(current_block), current, what);
+  std::abort();
+}
+
+void finish(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+}
+
+void check_fence() {
+  for (const char* at = shared() + shared_size; at < memory.data() + memory.size(); ++at)
+    if (*at != kFenceByte) fail("a thread wrote behind the shared memory");
+}
+
+void run_block() {
+  std::memset(memory.data(), kFenceByte, memory.size());
+  std::memset(shared(), 0xff, shared_size);  // NaN in every format
+  at_barrier = 0;
+  for (Meeting& warp : warps) warp.arrived = 0;
+  for (Fiber& fiber : fibers) start(fiber);
+  std::vector<int> ready;
+  for (int left = num_threads; left > 0 && !stopped;) {
+    ready.clear();
+    for (int i = 0; i < num_threads; ++i)
+      if (!fibers[i].done && (fibers[i].waits_for == nullptr || *fibers[i].waits_for != fibers[i].seen)) ready.push_back(i);
+    if (ready.empty()) fail("every thread waits for others: some are at another barrier, or have returned");
+    // From a random place on, forwards or backwards: threads of a warp and warps overtake one another.
+    const size_t first = order() % ready.size();
+    const bool backwards = order() & 1;
+    for (size_t i = 0; i < ready.size() && !stopped; ++i) {
+      const size_t step = backwards ? ready.size() - i : i;
+      Fiber& fiber = fibers[ready[(first + step) % ready.size()]];
+      fiber.waits_for = nullptr;
+      enter(static_cast<int>(&fiber - fibers.data()));
+      left -= fiber.done;
+    }
+  }
+  check_fence();
+}
+
+}  // namespace
+
+void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kLanes != 0) fail("the block is no whole number of warps");
+  num_threads = threads, entry = &kernel, stopped = false;
+  fibers.resize(static_cast<size_t>(threads));
+  warps.resize(static_cast<size_t>(threads / kLanes));
+  shared_size = static_cast<size_t>(shared_bytes);
+  memory.resize(shared_size + 2 * kFence);
+  for (current_block = 0; current_block < blocks && !stopped; ++current_block) run_block();
+  if (stopped) throw std::runtime_error("a thread stopped the kernel");
+}
+
+int thread() { return current; }
+int64_t block() { return current_block; }
+
+char* shared() { return memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16; }
+
+void barrier() {
+  if (++at_barrier == num_threads) {
+    at_barrier = 0;
+    ++barrier_number;
+  } else {
+    wait_until_it_changes(barrier_number);
+  }
+}
+
+void meet(Together together, void* mine) {
+  Meeting& warp = warps[current / kLanes];
+  if (warp.arrived > 0 && warp.together != together) fail("lanes of one warp are in different instructions");
+  warp.together = together;
+  warp.lanes[current % kLanes] = mine;
+  if (++warp.arrived == kLanes) {
+    together(warp.lanes.data());
+    warp.arrived = 0;
+    ++warp.number;
+  } else {
+    wait_until_it_changes(warp.number);
+  }
+}
+
+void copy_later(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes is not aligned");
+  const char* begin = static_cast<const char*>(to);
+  if (begin < shared() || begin + 16 > shared() + shared_size) fail("a copy misses the shared memory");
+  fibers[current].open.push_back({to, from});
+}
+
+void commit() {
+  Fiber& fiber = fibers[current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void wait(int pending) {
+  auto& groups = fibers[current].groups;
+  while (groups.size() > static_cast<size_t>(pending < 0 ? 0 : pending)) {
+    finish(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+void too_much_shared_memory(int64_t bytes) {
+  throw std::runtime_error("a launch asks for " + std::to_string(bytes) + " bytes of shared memory: more than a block may have");
+}
+
+void stop() {
+  stopped = true;
+  fibers[current].done = true;
+  leave();
+  std::abort();
+}
+
+}  // namespace xeco::gpu::machine
