@@ -34,7 +34,10 @@ MAX_SPILLED_SCALARS = 192
 # Kernels that are not built around matrix products.
 ELEMENTWISE = ("combine_kernel", "delta_kernel", "sum_groups_kernel", "rope_and_append_kernel")
 NVIDIA_INSTRUCTIONS = {"HMMA": "mma.sync", "LDGSTS": "cp.async", "LDSM": "ldmatrix"}
-AMD_INSTRUCTIONS = {"bf16": "v_mfma_f32_16x16x16_bf16", "f16": "v_mfma_f32_16x16x16_f16"}
+AMD_INSTRUCTIONS = {  # of bfloat16 and of float16; CDNA 3 has the same ones under new names
+    "gfx90a": ("v_mfma_f32_16x16x16bf16_1k", "v_mfma_f32_16x16x16f16"),
+    "gfx942": ("v_mfma_f32_16x16x16_bf16", "v_mfma_f32_16x16x16_f16"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ def _report(job: concurrent.futures.Future[list[Kernel]], source: Path, target: 
         return 1
     complaints = [f"{where}: {kernel.name}: {kernel.complaint}" for kernel in kernels if kernel.complaint]
     most = max((kernel.registers for kernel in kernels), default=0)
-    print("\n".join(complaints) or f"{where}: {len(kernels)} kernels, at most {most} registers, nothing spilled")
+    fine = f"{len(kernels)} kernels, at most {most} registers, nothing spilled" if kernels else "compiles"
+    print("\n".join(complaints) or f"{where}: {fine}")
     return len(complaints)
 
 
@@ -147,7 +151,7 @@ def _check_amd(source: Path, target: str, made: Path) -> list[Kernel]:
             spilled_bytes=number["ScratchSize"] + 4 * vectors,
             spilled_scalars=scalars,
         )
-        wanted = AMD_INSTRUCTIONS["bf16" if "BFloat16" in name else "f16"]
+        wanted = AMD_INSTRUCTIONS[target]["BFloat16" not in name]
         kernels.append(_with_missing(kernel, code[name], {wanted: wanted}))
     assert kernels, f"{source}: clang reports no kernel"
     return kernels
