@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import xeco_convert
 from xeco_convert.errors import OptionError, VerificationError
 
-CASES = [(variant, "default") for variant in VARIANTS] + [("qwen2_window", rope) for rope in ROPES if rope != "default"]
+# `paper` takes keys that are linear in their weights; tests/families converts every family with the default initialisation
+PLAIN = [variant for variant in VARIANTS if variant.split("_")[0] in ("llama", "mistral", "qwen2")]
+CASES = [(variant, "default") for variant in PLAIN] + [("qwen2_window", rope) for rope in ROPES if rope != "default"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
