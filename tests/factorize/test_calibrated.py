@@ -382,14 +382,17 @@ def test_the_weight_of_the_latent_norm_is_the_rms_of_the_attended_latent() -> No
     source, x = random_attention(4, 2, bias="qkv"), gaussian_inputs(windows=16)
     context = context_of(source)
     statistics = collected(source, x, context)
-    mla = CalibratedLayer(source, statistics, context.softmax_scale).factors(10, 4, latent_norm=True)
+    layer = CalibratedLayer(source, statistics, context.softmax_scale)
+    mla, plain = layer.factors(10, 4, latent_norm=True), layer.factors(10, 4)
     weight = mla.latent_norm_weight
     assert weight is not None and weight.shape == (10,) and mla.kv_a_bias is not None
-    # the latent as a map of (keys, values): its moment over attended tokens
+    # the plain latent as a map of (keys, values): its moment over attended tokens
     joint = torch.cat([source.k_weight, source.v_weight])
-    maps = mla.kv_a_weight[:10] @ torch.linalg.pinv(joint)
+    maps = plain.kv_a_weight[:10] @ torch.linalg.pinv(joint)
     moment = (maps @ statistics.attended @ maps.T).diagonal().mean()
-    torch.testing.assert_close(weight, moment.sqrt().expand(10), rtol=0.5, atol=0)  # centred since the norm's own basis
+    torch.testing.assert_close(weight, moment.sqrt().expand(10), rtol=1e-7, atol=0)
+    # what the weight multiplies has rms 1, so that the norm hardly changes it
+    torch.testing.assert_close(mla.kv_a_weight[:10] * weight[0], plain.kv_a_weight[:10], rtol=1e-7, atol=1e-12)
 
 
 def test_a_latent_norm_changes_little() -> None:
