@@ -2,8 +2,9 @@
 
 XECO_BUILD_EXT=0 leaves the extension out, =1 demands it. Unset: it is built where torch and a C++ compiler are at hand, and
 left out with a line that says so where they are not (the package then runs in plain torch).
-XECO_BUILD_DEVICE=1 builds the GPU kernels as well, as a second module that is imported where torch has CUDA or ROCm: by nvcc of
-CUDA_HOME for TORCH_CUDA_ARCH_LIST, or by hipcc of ROCM_HOME for PYTORCH_ROCM_ARCH. They have not run on a GPU yet.
+The GPU kernels are built with it where torch has CUDA or ROCm, as a second module that is imported there: by nvcc of CUDA_HOME
+for TORCH_CUDA_ARCH_LIST, or by hipcc of ROCM_HOME for PYTORCH_ROCM_ARCH. Where that fails, a line says so and the rest stands.
+XECO_BUILD_DEVICE=0 leaves them out, =1 demands them.
 XECO_EMULATE_AMX=1 and XECO_CXXFLAGS are for tests and sanitizers: csrc/README.md.
 """
 
@@ -14,6 +15,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 # 2.10: the oldest torch whose stable ABI has all that is used; the binary runs on that and every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"
+DEVICE_NAME = "xeco_convert._device"
 
 
 def wanted() -> bool:
@@ -52,15 +55,20 @@ def missing_tools() -> str | None:
 
 
 def device_wanted() -> bool:
-    """Whether to build the GPU kernels: only where asked, since they have not run on a GPU yet. Exits with a sentence where
-    XECO_BUILD_DEVICE=1 asks for what cannot be had."""
-    choice = os.environ.get("XECO_BUILD_DEVICE", "0")
-    if choice not in ("0", "1"):
+    """Whether to build the GPU kernels. Exits with a sentence where XECO_BUILD_DEVICE=1 asks for what cannot be had."""
+    import torch
+
+    choice = os.environ.get("XECO_BUILD_DEVICE", "")
+    if choice not in ("", "0", "1"):
         sys.exit(f"XECO_BUILD_DEVICE: expected 0 or 1, found {choice!r}")
-    missing = missing_device_tools() if choice == "1" else None
-    if missing:
+    if choice == "0":
+        return False
+    missing = missing_device_tools()
+    if choice == "1" and missing:
         sys.exit(f"XECO_BUILD_DEVICE=1 asks for the GPU kernels, but {missing}")
-    return choice == "1"
+    if missing and (torch.version.cuda or torch.version.hip):
+        print(f"xeco-convert: built without the GPU kernels, since {missing}; on a GPU it will run in plain torch")
+    return missing is None
 
 
 def missing_device_tools() -> str | None:
@@ -74,11 +82,25 @@ def missing_device_tools() -> str | None:
         return "this torch has neither CUDA nor ROCm"
     if not cpp_extension.CUDA_HOME:
         return "CUDA_HOME names no CUDA toolkit (nvcc)"
+    nvcc = cuda_of_nvcc(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
+    if nvcc is None or nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        found = f"is of CUDA {nvcc}" if nvcc else "does not run"
+        return f"torch is of CUDA {torch.version.cuda}, and nvcc of CUDA_HOME ({cpp_extension.CUDA_HOME}) {found}"
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     capabilities = [torch.cuda.get_device_capability(device) for device in devices]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and capabilities and max(capabilities) < (8, 0):
         return "they need a GPU of compute capability 8.0 or later (TORCH_CUDA_ARCH_LIST builds for another machine)"
     return None
+
+
+def cuda_of_nvcc(nvcc: Path) -> str | None:
+    """The version of CUDA that a compiler belongs to, such as "13.0"; None where it does not run."""
+    try:
+        words = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+\.\d+)", words)
+    return release.group(1) if release else None
 
 
 def device_extension():
@@ -90,7 +112,10 @@ def device_extension():
     archs = "PYTORCH_ROCM_ARCH" if is_rocm else "TORCH_CUDA_ARCH_LIST"
     if not torch.cuda.is_available():  # nobody to ask: the kernels' own targets, PTX for what comes later
         os.environ.setdefault(archs, "gfx90a;gfx942" if is_rocm else "8.0;9.0+PTX")
-    sources = sorted(str(file.relative_to(HERE)) for file in HERE.glob("csrc/**/*.cu"))
+    sources, headers = (
+        sorted(str(file.relative_to(HERE)) for suffix in suffixes for file in HERE.glob(f"csrc/**/*{suffix}"))
+        for suffixes in ([".cu"], [".cuh", ".h"])
+    )
     version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
@@ -104,9 +129,10 @@ def device_extension():
     host = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
     device = ["-O3", "-std=c++17"] + ([] if is_rocm else ["-Xcompiler", "-fvisibility=hidden"])
     return CUDAExtension(
-        name="xeco_convert._device",
+        name=DEVICE_NAME,
         # module.cc: the suffix keeps it out of xeco_convert._C, which takes every .cpp
         sources=[*sources, "csrc/device/module.cc"],
+        depends=[*headers, "setup.py", "xeco_convert/__init__.py"],
         include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
         define_macros=macros,
         extra_compile_args={"cxx": host, "nvcc": device + shlex.split(os.environ.get("XECO_NVCCFLAGS", ""))},
@@ -146,10 +172,38 @@ def extension():
     )
 
 
-if wanted():
+def build_in_two_steps():
+    """The command build_ext: the CPU's module first, so that whatever keeps the GPU's from being built leaves it alone."""
     from torch.utils.cpp_extension import BuildExtension
 
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            device = [module for module in self.extensions if module.name == DEVICE_NAME]
+            self.extensions = [module for module in self.extensions if module.name != DEVICE_NAME]
+            settings = dict(vars(self.compiler))
+            super().build_extensions()
+            if not device:
+                return
+            # torch puts its own methods in place of the compiler's, each time
+            vars(self.compiler).clear()
+            vars(self.compiler).update(settings)
+            others, self.extensions = self.extensions, device
+            try:
+                super().build_extensions()
+                others = [*others, *device]
+            except Exception as error:  # noqa: BLE001  a compiler, a linker, torch's checks of both
+                if os.environ.get("XECO_BUILD_DEVICE") == "1":
+                    raise
+                print(f"xeco-convert: built without the GPU kernels, since that failed: {error}")
+                print("xeco-convert: XECO_BUILD_DEVICE=0 leaves them out")
+            finally:
+                self.extensions = others
+
+    return Build
+
+
+if wanted():
     modules = [extension(), *([device_extension()] if device_wanted() else [])]
-    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=modules, cmdclass={"build_ext": build_in_two_steps()})
 else:
     setup()

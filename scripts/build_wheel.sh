@@ -18,7 +18,8 @@ rm dist.log
 ls -l dist/*.tar.gz
 
 say "wheel from the sdist"
-XECO_BUILD_EXT=1 "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/raw dist/*.tar.gz
+# one wheel for every torch, with CUDA or without: the GPU kernels are built from source
+XECO_BUILD_EXT=1 XECO_BUILD_DEVICE=0 "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/raw dist/*.tar.gz
 
 say "repair"
 scripts/repair_wheel.sh dist/raw/*.whl dist/wheel
