@@ -191,7 +191,7 @@ def build_in_two_steps():
             try:
                 super().build_extensions()
                 others = [*others, *device]
-            except Exception as error:  # noqa: BLE001  a compiler, a linker, torch's checks of both
+            except Exception as error:  # a compiler, a linker, torch's checks of both
                 if os.environ.get("XECO_BUILD_DEVICE") == "1":
                     raise
                 print(f"xeco-convert: built without the GPU kernels, since that failed: {error}")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))  # operands.py: inputs and the rule of errors
@@ -62,12 +61,3 @@ def load(machine: str, folder: Path, libraries: dict[str, ctypes.CDLL]) -> ctype
         with FileLock(folder / f"{machine}.lock"):
             libraries[machine] = build(machine, folder)
     return libraries[machine]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where no GPU is present, and for no other reason."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no GPU is present"))

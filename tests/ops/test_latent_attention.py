@@ -70,10 +70,13 @@ def test_every_rule_of_what_is_seen_is_followed(rule: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("sizes", [Sizes(60, 300, 2, 32, 16), Sizes(300, 300, 3, 16, 16, 1)])
 @pytest.mark.parametrize("rule", [{}, {"window": 70}, {"starts": True}])
-def test_ranges_that_begin_and_end_inside_tiles_are_followed(sizes: Sizes, rule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranges_that_begin_and_end_inside_tiles_are_followed(
+    sizes: Sizes, rule: dict[str, Any], dtype: torch.dtype
+) -> None:
     if "starts" in rule:
         rule = {"starts": torch.arange(sizes.B) * 40 + 33, "ends": 290 - torch.arange(sizes.B)}
-    assert_right(sizes, rule, torch.float32)
+    assert_right(sizes, rule, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -109,6 +109,7 @@ def test_strided_inputs_and_caches_are_read_and_written_in_place() -> None:
     assert torch.equal(buffer[:, 1], torch.cat(expected, dim=-1)) and not buffer[:, 0].any()
 
 
+@pytest.mark.on_host
 @pytest.mark.parametrize("positions", [[-1, 0], [0, 7], [0, 2**62]])
 def test_slots_outside_the_cache_are_refused_and_nothing_is_written(positions: list[int]) -> None:
     tensors, caches = operands(2, 4, 16, 8, torch.float32, torch.float32), empty_cache(2, 10, 16, 8, torch.float32)
@@ -120,6 +121,7 @@ def test_slots_outside_the_cache_are_refused_and_nothing_is_written(positions: l
         assert all(bool(cache.isnan().all()) for cache in caches)
 
 
+@pytest.mark.on_host
 @pytest.mark.parametrize("page", [-1, 5, 2**31 - 1])
 def test_pages_that_do_not_exist_are_refused_and_nothing_is_written(page: int) -> None:
     tensors, pages = operands(2, 4, 16, 8, torch.float32, torch.float32), empty_cache(5, 4, 16, 8, torch.float32)
