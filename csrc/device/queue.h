@@ -31,6 +31,7 @@ class DeviceQueue {
 
  private:
   static void check(cudaError_t error, const char* op, const char* what) {
+    if (error != cudaSuccess) cudaGetLastError();  // or torch would report it again, of the next kernel that it starts
     require(error == cudaSuccess, op, ": ", what, " failed: ", cudaGetErrorString(error));
   }
 

@@ -107,6 +107,15 @@ XECO_DEVICE void store_weights(uint16_t* to, const Accumulator (&weights)[Tile::
         weights[t]);
 }
 
+// Weights are there for whoever reads them: the warps that share rows, or the one that wrote them.
+template <class Tile>
+XECO_DEVICE void sync_weights() {
+  if constexpr (Tile::kColumnWarps > 1)
+    sync_block();
+  else
+    sync_warp();
+}
+
 // out += weights · rows for the column tiles of this warp.
 template <class Tile>
 XECO_DEVICE void add_columns(Accumulator (&out)[Tile::kOutTiles], const uint16_t* weights, const uint16_t* rows, int stride,
@@ -128,7 +137,7 @@ XECO_DEVICE void stream(int count, int stages, const Load& load, const Use& use)
   }
   for (int number = 0; number < count; ++number) {
     if (stages == 1) {
-      sync_block();
+      if (number > 0) sync_block();
       load(number);
       commit_copies();
       wait_copies(0);
@@ -209,7 +218,7 @@ XECO_KERNEL(Tile::kThreads) query_gradient_kernel(const BackwardParams params, i
                             first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e));
           store_weights<Tile>(weights, d_scores);
         }
-        sync_block();
+        sync_weights<Tile>();
         add_columns<Tile>(out, weights, place(number), stride, all_tiles);
       });
 
@@ -297,7 +306,7 @@ XECO_KERNEL(Tile::kThreads) token_gradient_kernel(const BackwardParams params, c
           store_weights<Tile>(d_scores_memory, d_scores);
           store_weights<Tile>(weights, scores);
         }
-        sync_block();
+        sync_weights<Tile>();
         add_columns<Tile>(out, d_scores_memory, queries, stride, all_tiles);
         add_columns<Tile>(out, weights, d_rows, d_stride, rank_tiles);
       });

@@ -168,7 +168,7 @@ XECO_DEVICE void attend_tile(const AttentionShape& shape, const uint16_t* querie
         store_tile<Element>(mine + (column_warp + t * Tile::kColumnWarps) * kTile, Tile::kWeightStride, scores[t]);
     }
     sync_block();
-  XECO_UNROLL_BY(2)
+    XECO_UNROLL_BY(2)
     for (int k = 0; k < Tile::kTokens / kTile; ++k)
       multiply_columns<Element>(out, load_rows(mine + k * kTile, Tile::kWeightStride), rows + k * kTile * stride, stride,
                                 column_warp, Tile::kColumnWarps, rank_tiles);
@@ -272,7 +272,7 @@ XECO_KERNEL(Tile::kThreads) forward_kernel(const ForwardParams params, const Par
 
   for (int number = 0; number < num_tiles; ++number) {
     if (stages == 1) {
-      sync_block();
+      if (number > 0) sync_block();
       load_tile(number);
       commit_copies();
       wait_copies(0);
@@ -295,10 +295,9 @@ XECO_KERNEL(Tile::kThreads) forward_kernel(const ForwardParams params, const Par
   XECO_UNROLL
   for (int s = 0; s < Layout::kRowsOfLane; ++s)
     state.total[s] = over_row(state.total[s], [](float a, float b) { return a + b; });
-  if constexpr (Tile::kColumnWarps > 1) {
-    sync_block();
+  // All have read the board before the last tile's weights were there: it can be written again.
+  if constexpr (Tile::kColumnWarps > 1)
     over_warps<Tile>(state.total, board, row_warp, warp_index() / Tile::kRowWarps, [](float a, float b) { return a + b; });
-  }
   write_rows<Tile>(params, parts, work, state, out);
 }
 

@@ -14,6 +14,14 @@
 namespace xeco {
 namespace {
 
+// Numbers of rows and tokens are int32 in the kernels, and so are those behind them that a tile is filled up with.
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 1024;
+
+void check_tokens(const char* op, const AttentionShape& shape) {
+  require(shape.num_tokens <= kMostRows, op, ": c_kv: at most ", kMostRows, " tokens of one sequence, got ",
+          shape.num_tokens);
+}
+
 AttentionShape check_call(const char* op, const Inputs& in, bool paged) {
   const AttentionShape shape = check_inputs(op, in, paged);
   require(shape.dtype != Dtype::kFloat32, op,
@@ -21,8 +29,7 @@ AttentionShape check_call(const char* op, const Inputs& in, bool paged) {
   check_same_device(op, "q_rope", in.q_rope, in.q_latent);
   check_same_device(op, "c_kv", in.c_kv, in.q_latent);
   check_same_device(op, "k_rope", in.k_rope, in.q_latent);
-  const int64_t most = std::numeric_limits<int32_t>::max() - 128;
-  require(shape.num_queries * shape.num_heads <= most, op, ": q_latent: at most ", most,
+  require(shape.num_queries * shape.num_heads <= kMostRows, op, ": q_latent: at most ", kMostRows,
           " query rows (tokens times heads) of one sequence, got ", shape.num_queries * shape.num_heads);
   return shape;
 }
@@ -36,9 +43,9 @@ int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Parts that give every multiprocessor two blocks, none shorter than 256 tokens. Shapes alone decide, since lengths are on
 // the device; the number of multiprocessors too, so results are the same on every run of one kind of device.
 int64_t automatic_splits(const AttentionShape& shape, const gpu::Queue& queue) {
-  constexpr int64_t kLeastTokens = 256, kMostRows = 64;
+  constexpr int64_t kLeastTokens = 256, kRowsOfBlock = 64;
   const int64_t rows = shape.num_queries * shape.num_heads;
-  const int64_t blocks = std::max<int64_t>(1, shape.batch * divided_up(rows, kMostRows));
+  const int64_t blocks = std::max<int64_t>(1, shape.batch * divided_up(rows, kRowsOfBlock));
   return std::clamp<int64_t>(2 * queue.num_units / blocks, 1, std::max<int64_t>(1, shape.num_tokens / kLeastTokens));
 }
 
@@ -71,6 +78,7 @@ std::tuple<Tensor, Tensor> latent_attention(Tensor q_latent, Tensor q_rope, Tens
   const Inputs in{q_latent, q_rope, c_kv, k_rope};
   ForwardParams params;
   params.shape = check_call(op, in, false);
+  check_tokens(op, params.shape);
   set_rule(op, params.shape, softmax_scale, window, softcap);
   set_ranges(op, params.shape, causal, starts, ends, query_positions);
   check_same_device(op, "starts", starts, q_latent);
@@ -91,6 +99,7 @@ std::tuple<Tensor, Tensor> latent_attention_decode(Tensor q_latent, Tensor q_rop
   AttentionShape& shape = params.shape;
   shape = check_call(op, in, block_table.has_value());
   if (block_table.has_value()) set_pages(op, shape, in, *block_table);
+  check_tokens(op, shape);
   set_rule(op, shape, softmax_scale, window, softcap);
   shape.starts = int64_data(op, "starts", starts, shape.batch);
   shape.ends = int64_data(op, "lengths", lengths, shape.batch);
@@ -125,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
   BackwardParams params;
   AttentionShape& shape = params.shape;
   shape = check_call(op, in, false);
+  check_tokens(op, shape);
   set_rule(op, shape, softmax_scale, window, softcap);
   set_ranges(op, shape, causal, starts, ends, query_positions);
   check_saved(op, shape, q_latent, d_out, d_lse, out, lse);

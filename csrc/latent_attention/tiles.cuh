@@ -131,7 +131,8 @@ struct BackwardTiles<Element, 512> {
 
 #endif
 
-// As many stages as fit: two if a block can have them, more while two blocks still find room on one multiprocessor.
+// As many stages as fit: two if a block can have them, and more where that keeps no second block off the multiprocessor:
+// while two blocks fit, or where two do not fit anyhow.
 template <class Bytes>
 int stages_that_fit(const Queue& queue, const Bytes& bytes) {
   int stages = 1;
@@ -139,7 +140,8 @@ int stages_that_fit(const Queue& queue, const Bytes& bytes) {
     if (bytes(2) <= queue.max_shared_bytes) stages = 2;
     constexpr int64_t kReserved = 1024;  // that CUDA keeps for itself in each block
     const int64_t half = queue.shared_bytes_of_unit / 2 - kReserved;
-    while (stages < 4 && bytes(stages + 1) <= smaller_of(queue.max_shared_bytes, half)) ++stages;
+    const int64_t room = bytes(stages) <= half ? smaller_of(queue.max_shared_bytes, half) : queue.max_shared_bytes;
+    while (stages < 4 && bytes(stages + 1) <= room) ++stages;
   } else {
     static_cast<void>(bytes);  // copies pass through registers: a second stage hides nothing
   }

@@ -71,6 +71,12 @@ extern "C" {
 
 int64_t emulated_lanes() { return gpu::kLanes; }
 
+void emulated_schedule(int64_t seed, int64_t without_barrier) {
+  gpu::machine::set_schedule(static_cast<uint32_t>(seed), without_barrier);
+}
+
+int64_t emulated_barriers(int64_t launch) { return gpu::machine::num_barriers(static_cast<int>(launch)); }
+
 int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rope, const View* c_kv, const View* k_rope,
                      void* out, float* lse, int64_t num_splits, float* part_sums, float* part_states,
                      const Limits* limits) {

@@ -29,6 +29,9 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
         _compile(machine, library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_lanes.restype = ctypes.c_int64
+    loaded.emulated_schedule.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    loaded.emulated_barriers.restype = ctypes.c_int64
+    loaded.emulated_barriers.argtypes = [ctypes.c_int64]
     loaded.widened.restype = ctypes.c_float
     loaded.widened.argtypes = [ctypes.c_int64, ctypes.c_int64]
     loaded.rounded.restype = ctypes.c_int64
@@ -76,6 +79,8 @@ class Emulated:
     max_shared_bytes: int = 163 * 1024
     max_stages: int = 4
     num_groups: int = 1
+    seed: int = 0  # of the order in which warps and their threads run
+    without_barrier: int = -1  # the barrier that every block passes over, counted from 0
     _limits: _Limits = field(init=False, repr=False, compare=False, default_factory=_Limits)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,10 @@ class Emulated:
             pages,
         )
 
+    def num_barriers(self, launch: int) -> int:
+        """That a thread came to in one block of a kernel of the last call: its first launch is 0."""
+        return int(self.library.emulated_barriers(launch))
+
     def _forward(self, tensors: Any, shape: _Shape, num_splits: int) -> tuple[Tensor, Tensor]:
         q_latent = tensors[0]
         batch, queries, heads, rank = q_latent.shape
@@ -163,6 +172,7 @@ class Emulated:
         return out, lse
 
     def _call(self, function: str, *arguments: Any) -> None:
+        self.library.emulated_schedule(self.seed, self.without_barrier)
         references = [ctypes.byref(x) if isinstance(x, ctypes.Structure) else x for x in arguments]
         if getattr(self.library, function)(*references, ctypes.byref(self._limits)):
             raise KernelStoppedError(function)

@@ -1,4 +1,5 @@
 // The machine behind xeco/gpu/emulation.h: blocks one after another, a fiber for every thread.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -42,6 +43,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kFence = 1024;
 constexpr char kFenceByte = 0x5a;
+constexpr int kUntilItWaits = 1 << 30;
 
 struct Copy {
   void* to;
@@ -51,6 +53,7 @@ struct Copy {
 struct Fiber {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   bool done = false;
+  int64_t barriers = 0;                 // that it has come to
   const uint64_t* waits_for = nullptr;  // ready when it is no longer `seen`
   uint64_t seen = 0;
   std::vector<Copy> open;                // copies of the group that is being made
@@ -78,7 +81,10 @@ uint64_t barrier_number = 0;
 int64_t current_block = 0;
 bool stopped = false;
 const std::function<void()>* entry = nullptr;
-std::mt19937 order;  // of the fibers: the same in every process
+std::mt19937 order;  // of warps and of their threads
+uint32_t order_seed = 0;
+int64_t left_out = -1;                // see machine::set_schedule
+std::vector<int64_t> barriers_of;     // each launch since then
 #if defined(__x86_64__)
 void* scheduler = nullptr;
 #else
@@ -110,7 +116,7 @@ void enter(int number) {
 }
 
 void start(Fiber& fiber) {
-  fiber.done = false, fiber.waits_for = nullptr;
+  fiber.done = false, fiber.waits_for = nullptr, fiber.barriers = 0;
   fiber.open.clear(), fiber.groups.clear();
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.data() + kStackBytes) & ~uintptr_t{15};
@@ -147,6 +153,32 @@ void check_fence() {
     if (*at != kFenceByte) fail("a thread wrote behind the shared memory");
 }
 
+bool is_ready(const Fiber& fiber) {
+  return !fiber.done && (fiber.waits_for == nullptr || *fiber.waits_for != fiber.seen);
+}
+
+bool can_go_on(int warp) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (is_ready(fibers[static_cast<size_t>(warp * kLanes + lane)])) return true;
+  return false;
+}
+
+// Lets every thread of a warp that is ready go on to where it waits, from a random one on, forwards or backwards. Returns how
+// many have come to their end.
+int advance(int warp) {
+  const int first = static_cast<int>(order() % kLanes), step = order() & 1 ? 1 : kLanes - 1;
+  int ended = 0;
+  for (int i = 0; i < kLanes && !stopped; ++i) {
+    const int number = warp * kLanes + (first + i * step) % kLanes;
+    Fiber& fiber = fibers[static_cast<size_t>(number)];
+    if (!is_ready(fiber)) continue;
+    fiber.waits_for = nullptr;
+    enter(number);
+    ended += fiber.done;
+  }
+  return ended;
+}
+
 void run_block() {
   std::memset(memory.data(), kFenceByte, memory.size());
   std::memset(shared(), 0xff, shared_size);  // NaN in every format
@@ -156,19 +188,14 @@ void run_block() {
   std::vector<int> ready;
   for (int left = num_threads; left > 0 && !stopped;) {
     ready.clear();
-    for (int i = 0; i < num_threads; ++i)
-      if (!fibers[i].done && (fibers[i].waits_for == nullptr || *fibers[i].waits_for != fibers[i].seen)) ready.push_back(i);
+    for (int warp = 0; warp < num_threads / kLanes; ++warp)
+      if (can_go_on(warp)) ready.push_back(warp);
     if (ready.empty()) fail("every thread waits for others: some are at another barrier, or have returned");
-    // From a random place on, forwards or backwards: threads of a warp and warps overtake one another.
-    const size_t first = order() % ready.size();
-    const bool backwards = order() & 1;
-    for (size_t i = 0; i < ready.size() && !stopped; ++i) {
-      const size_t step = backwards ? ready.size() - i : i;
-      Fiber& fiber = fibers[ready[(first + step) % ready.size()]];
-      fiber.waits_for = nullptr;
-      enter(static_cast<int>(&fiber - fibers.data()));
-      left -= fiber.done;
-    }
+    // One warp at random, alone: for a few instructions, or up to where it waits for the others. It so gets as far ahead of
+    // them, or stays as far behind, as barriers allow.
+    const int warp = ready[order() % ready.size()];
+    const int most = order() & 1 ? 1 + static_cast<int>(order() % 8) : kUntilItWaits;
+    for (int i = 0; i < most && can_go_on(warp) && !stopped; ++i) left -= advance(warp);
   }
   check_fence();
 }
@@ -178,6 +205,8 @@ void run_block() {
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kLanes != 0) fail("the block is no whole number of warps");
   num_threads = threads, entry = &kernel, stopped = false;
+  order.seed(order_seed);  // a launch goes the same way every time
+  barriers_of.push_back(0);
   fibers.resize(static_cast<size_t>(threads));
   warps.resize(static_cast<size_t>(threads / kLanes));
   shared_size = static_cast<size_t>(shared_bytes);
@@ -191,7 +220,20 @@ int64_t block() { return current_block; }
 
 char* shared() { return memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16; }
 
+void set_schedule(uint32_t seed, int64_t without_barrier) {
+  order_seed = seed, left_out = without_barrier;
+  barriers_of.clear();
+}
+
+int64_t num_barriers(int launch) {
+  return static_cast<size_t>(launch) < barriers_of.size() ? barriers_of[static_cast<size_t>(launch)] : 0;
+}
+
 void barrier() {
+  Fiber& fiber = fibers[static_cast<size_t>(current)];
+  const int64_t number = fiber.barriers++;
+  barriers_of.back() = std::max(barriers_of.back(), fiber.barriers);
+  if (number == left_out) return;
   if (++at_barrier == num_threads) {
     at_barrier = 0;
     ++barrier_number;

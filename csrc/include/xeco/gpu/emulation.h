@@ -2,8 +2,9 @@
 // (tests/device/machine.cpp). Warps of 32 lanes have mma.sync and ldmatrix, waves of 64 have MFMA, each written here from
 // the vendors' tables of which lane holds what, and not from fragments.h, which is thereby tested against them.
 //
-// Stricter than a GPU: fibers run in random order between two barriers, shared memory starts as NaN, an asynchronous copy
-// lands no sooner than it is waited for, and lanes that meet in different instructions end the program.
+// Stricter than a GPU: warps run ahead of one another, in a random order, as far as barriers let them, and so do the threads
+// of a warp between its instructions; shared memory starts as NaN, an asynchronous copy lands no sooner than it is waited
+// for, and lanes that meet in different instructions end the program.
 #pragma once
 
 #include <cmath>
@@ -34,6 +35,12 @@ namespace machine {
 
 // Runs `kernel` in every thread of every block. Throws std::runtime_error where a thread stopped.
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+
+// The order of warps and threads in the launches that follow. `without_barrier`: that barrier of every block, counted from 0
+// in the order in which a thread comes to them, is none; -1: all are there.
+void set_schedule(uint32_t seed, int64_t without_barrier);
+// That a thread came to in one block of the launch, at most: launches counted from 0 since then.
+int64_t num_barriers(int launch);
 
 int thread();
 int64_t block();
