@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from gpu_attention_peers import (
     flex,
     fused,
 )
+from gpu_facts import gpu_facts, smi
 from reporting import format_table, machine_facts, write_json
 from torch import Tensor
 
@@ -178,28 +178,6 @@ def agree(case: str, one: Tensor, other: Tensor) -> None:
     error = float((one.float() - other.float()).norm() / other.float().norm())
     if not error < 0.03:
         sys.exit(f"{case}: implementations disagree: relative error {error:.3g}")
-
-
-def gpu_facts() -> dict[str, Any]:
-    """What a figure means nothing without."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "driver": smi("driver_version"),
-        "cuda": torch.version.cuda or torch.version.hip,
-        "clocks_before": smi("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
-    }
-
-
-def smi(*fields: str) -> str | None:
-    """What nvidia-smi says; it changes nothing."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

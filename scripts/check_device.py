@@ -68,9 +68,9 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="sm_80, gfx942, ... (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--quick", action="store_true", help="each target in one dtype; sm_90 as sm_90a alone")
+    parser.add_argument("--without", action="append", choices=["nvidia", "amd"], default=[], help="leave a vendor out")
     arguments = parser.parse_args()
-    all_of_nvidia = tuple(target for target in NVIDIA if not (arguments.quick and target == "sm_90"))
-    targets = arguments.targets or [*_known_to_nvcc(all_of_nvidia), *AMD]
+    targets = arguments.targets or _all_targets(arguments.quick, arguments.without)
     for target in targets:
         if target not in NVIDIA + AMD:
             parser.error(f"{target}: expected one of {', '.join(NVIDIA + AMD)}")
@@ -86,8 +86,16 @@ def main() -> int:
         if any(target in NVIDIA for target in targets):
             jobs |= {pool.submit(_check_launcher, file, Path(folder)): (file, "host") for file in launchers}
         failures = sum(_report(job, *jobs[job]) for job in concurrent.futures.as_completed(jobs))
-    print(f"check-device: {len(jobs)} objects for {', '.join(targets)}: {failures or 'no'} failures")
+    print(f"check-device: {len(jobs)} objects for {', '.join(targets) or 'no target'}: {failures or 'no'} failures")
     return 1 if failures else 0
+
+
+def _all_targets(quick: bool, without: list[str]) -> list[str]:
+    of_nvidia = tuple(target for target in NVIDIA if not (quick and target == "sm_90"))
+    return [
+        *([] if "nvidia" in without else _known_to_nvcc(of_nvidia)),
+        *([] if "amd" in without else AMD),
+    ]
 
 
 def _left_out_of_quick(source: Path, target: str) -> bool:

@@ -9,6 +9,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gpu_attention_peers as peers
+import gpu_generate
+from gpu_generate import GenerateCase, converted_config, random_model, source_config
+from random_checkpoint import SHAPES, write_checkpoint
+from transformers import AutoModelForCausalLM
+
+from xeco_convert import convert
 
 FORWARD = peers.GpuCase(batch=2, queries=64, tokens=64, rank=32, rope=16, heads=3, nope=16)
 DECODE = peers.GpuCase(batch=2, queries=1, tokens=128, rank=32, rope=16, heads=3, nope=16)
@@ -40,3 +46,52 @@ def test_a_decode_step_computes_the_same_in_every_implementation() -> None:
 def test_work_and_bytes_are_counted_from_the_sizes() -> None:
     assert FORWARD.flop == 2 * (2 * 32 + 16) * 3 * 2 * (64 * 65 // 2)
     assert DECODE.cache_bytes == 2 * 128 * (32 + 16) * 2
+
+
+# generate
+
+_TINY = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_attention_heads": 8, "head_dim": 16}
+SHAPE = {**SHAPES["llama-3.1-8b"], **_TINY, "num_key_value_heads": 2, "num_hidden_layers": 4}
+GENERATE = GenerateCase(shape=SHAPE, batch=3, context=40, rank=16, rope=8, new_tokens=2, repeats=1)
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in model.state_dict().items()}
+
+
+def test_both_models_are_those_that_a_conversion_reads_and_writes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", SHAPE, 2)
+    convert(tmp_path / "source", tmp_path / "converted", init="paper", rank=16, rope_dim=8)
+    for kind, config in (("source", source_config), ("converted", converted_config)):
+        found, expected = (
+            random_model(config(GENERATE, 2), "cpu"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / kind),
+        )
+        assert type(found) is type(expected) and shapes_of(found) == shapes_of(expected)
+        assert found.dtype == torch.bfloat16
+        if kind == "converted":
+            assert found.config.mla_layers == expected.config.mla_layers
+
+
+def test_generate_is_compared_from_full_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    crop = gpu_generate.DynamicCache.crop
+
+    def watched(cache: gpu_generate.DynamicCache, length: int) -> None:
+        lengths.append((cache.get_seq_length(), length))
+        crop(cache, length)
+
+    monkeypatch.setattr(gpu_generate.DynamicCache, "crop", watched)
+    row = gpu_generate.compare(GENERATE, 2, "cpu")
+    # the last token that is generated is not cached; the prompt's last one is not there beforehand
+    assert lengths == 2 * [(42, -2)]
+    assert row["case"] == "generate, 2 of 4 layers, B 3, T 40, R 16+8" and row["share"] > 0
+    assert set(row) == {"case", "ms", "figure", "unit", "against", "share", "at least"}
+
+
+def test_as_many_layers_are_made_as_the_gpu_holds() -> None:
+    case = GenerateCase(shape=SHAPES["llama-3.1-8b"])
+    assert case.layer_bytes == 436207616 + 2147483648
+    assert case.layers_that_fit(80 * 10**9) == 23
+    assert case.layers_that_fit(140 * 10**9) == 32
+    assert case.layers_that_fit(10**9) == 1

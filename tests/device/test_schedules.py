@@ -18,7 +18,7 @@ FORWARD = [
     Sizes(3, 70, 24, 256, 16, 1),
     Sizes(2, 70, 16, 512, 16, 1),
 ]
-BACKWARD = [Sizes(9, 130, 15, 64, 16, 1), Sizes(5, 70, 13, 128, 16, 1), Sizes(3, 40, 24, 256, 16, 1)]
+BACKWARD = [Sizes(9, 130, 15, 64, 16, 1), Sizes(5, 70, 13, 128, 16, 1), Sizes(2, 40, 33, 256, 16, 1)]
 
 
 def forward(gpu: Emulated, sizes: Sizes, stages: int) -> list[Tensor]:
@@ -57,7 +57,7 @@ def test_the_backward_pass_is_the_same_in_every_order(emulated: Emulated, sizes:
 def test_no_barrier_of_the_forward_pass_could_be_left_out(emulated: Emulated, sizes: Sizes, stages: int) -> None:
     expected = forward(emulated, sizes, stages)
     count = emulated.num_barriers(0)
-    assert count > 3
+    assert count >= 3
     for barrier in range(count):
         orders = (replace(emulated, seed=seed, without_barrier=barrier) for seed in SEEDS)
         assert not all(same(forward(order, sizes, stages), expected) for order in orders), f"{barrier} of {count}"
@@ -69,10 +69,13 @@ def test_no_barrier_of_the_backward_pass_could_be_left_out(emulated: Emulated, s
     saved = forward(emulated, sizes, stages)
     expected = backward(emulated, sizes, stages, saved)
     of_queries, of_tokens = emulated.num_barriers(1), emulated.num_barriers(2)  # 0 is delta's kernel, which has none
-    assert min(of_queries, of_tokens) > 3
+    assert min(of_queries, of_tokens) >= 3
     for barrier in range(max(of_queries, of_tokens)):
-        found = [backward(emulated, sizes, stages, saved, seed=seed, without_barrier=barrier) for seed in SEEDS]
-        if barrier < of_queries:
-            assert not all(same(x[:2], expected[:2]) for x in found), f"queries, {barrier} of {of_queries}"
-        if barrier < of_tokens:
-            assert not all(same(x[2:], expected[2:]) for x in found), f"tokens, {barrier} of {of_tokens}"
+        unnoticed = {"d_q": barrier < of_queries, "d_rows": barrier < of_tokens}
+        for seed in SEEDS:
+            if not any(unnoticed.values()):
+                break
+            found = backward(emulated, sizes, stages, saved, seed=seed, without_barrier=barrier)
+            unnoticed["d_q"] &= same(found[:2], expected[:2])
+            unnoticed["d_rows"] &= same(found[2:], expected[2:])
+        assert not any(unnoticed.values()), f"{barrier} of {of_queries}, {of_tokens}: {unnoticed}"
