@@ -1,5 +1,7 @@
 """What only a GPU can show: the registered ops, graphs, compilation, and results that are the same in every run."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from operands import COMMON, RULES, Sizes, assert_as_good_as_plain, finite, inpu
 from real import on_gpu
 from torch import Tensor
 
-from xeco_convert.ops import latent_attention, latent_attention_decode
+from xeco_convert.ops import latent_attention, latent_attention_decode, rope_and_append
 from xeco_convert.ops.extension import kernel_obstacle
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +60,31 @@ def test_every_width_decodes_and_attends(dtype: torch.dtype, rank: int, rope: in
         assert_as_good_as_plain([found[0]], [plain[0]], [exact[0]], dtype, sizes.num_terms)
 
 
+def gradients(function: Any, tensors: list[Tensor], sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
+    """Of a fixed function of out and lse, whose factors are numbers of `dtype`."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = function(leaves, sizes)
+    generator = torch.Generator("cuda").manual_seed(1)
+    factors = [torch.randn(x.shape, generator=generator, device="cuda").to(dtype).to(x.dtype) for x in results]
+    return list(torch.autograd.grad(results, leaves, factors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_width_has_its_gradients(dtype: torch.dtype, rank: int, rope: int) -> None:
+    sizes = Sizes(130, 200, 4, rank, rope)
+    tensors = on_device(sizes, dtype)
+
+    def op(given: list[Tensor], of: Sizes) -> tuple[Tensor, Tensor]:
+        return latent_attention(*given, softmax_scale=of.softmax_scale)
+
+    found = gradients(op, tensors, sizes, dtype)
+    plain = gradients(lambda given, of: plain_torch(given, of, {}), tensors, sizes, dtype)
+    exact = gradients(op, [x.double() for x in tensors], sizes, dtype)
+    assert_as_good_as_plain(found, plain, exact, dtype, sizes.num_terms)
+
+
 @pytest.mark.parametrize(
     "sizes", [Sizes(1, 5000, 32, 128, 32, 4), Sizes(257, 513, 8, 160, 64), Sizes(65, 129, 16, 512, 64)]
 )
@@ -91,6 +118,45 @@ def test_decode_is_captured_in_a_graph_and_follows_lengths_that_change() -> None
         graph.replay()
         expected = latent_attention_decode(*tensors, **options)
         assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_a_step_that_fills_the_cache_is_captured_in_a_graph() -> None:
+    sizes = Sizes(1, 256, 8, 64, 16, 3)
+    q_latent, q_rope, *rows = on_device(sizes, torch.bfloat16)
+    fresh = [torch.randn(3, 1, x.shape[-1], device="cuda").to(x.dtype) for x in rows]
+    angles = [torch.rand(3, 1, 16, device="cuda") for _ in range(2)]
+    lengths = torch.tensor([9, 100, 255], device="cuda")
+
+    def step(caches: list[Tensor]) -> Tensor:
+        rope_and_append(*fresh, *angles, *caches, positions=lengths - 1)
+        return latent_attention_decode(q_latent, q_rope, *caches, softmax_scale=0.2, lengths=lengths)[0]
+
+    captured, expected = [x.clone() for x in rows], [x.clone() for x in rows]
+    step([x.clone() for x in rows])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out = step(captured)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(out, step(expected))
+        assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
+        lengths.add_(1).clamp_(max=256)
+
+
+def test_a_page_that_does_not_exist_is_an_error_of_the_device() -> None:
+    """In a process of its own: the kernel's stop ends all use of the GPU there."""
+    program = (
+        "import torch; from xeco_convert.ops import latent_attention_decode as decode\n"
+        "x = lambda *shape: torch.ones(*shape, device='cuda', dtype=torch.bfloat16)\n"
+        "table, lengths = torch.tensor([[0, 9]], dtype=torch.int32, device='cuda'), torch.tensor([20], device='cuda')\n"
+        "decode(x(1, 1, 2, 16), x(1, 1, 2, 16), x(4, 16, 16), x(4, 16, 16), softmax_scale=1.0, block_table=table,\n"
+        "       lengths=lengths)\n"
+        "print('launched', flush=True)\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "launched" in done.stdout and done.returncode != 0 and "CUDA error" in done.stderr, done.stderr
 
 
 def test_the_ops_pass_opcheck_and_compile_whole() -> None:
