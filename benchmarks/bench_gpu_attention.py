@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from gpu_attention_peers import (
 from gpu_facts import gpu_facts, smi
 from reporting import format_table, machine_facts, write_json
 from torch import Tensor
+
+from xeco_convert.ops import latent_attention
 
 WIDTHS = ((128, 32), (256, 64), (512, 64))
 DECODE = [
@@ -78,15 +81,29 @@ def main() -> int:
     if obstacle:
         parser.error(f"{obstacle}: XECO_BUILD_DEVICE=1 python setup.py build_ext --inplace")
     clock = Clock(arguments.repeats)
-    results: dict[str, Any] = {"machine": machine_facts() | gpu_facts(), "ceilings": ceilings(clock)}
-    results["cases"] = [*decode_rows(clock, results["ceilings"]), *forward_rows(clock, results["ceilings"])]
+    results: dict[str, Any] = {"machine": machine_facts() | gpu_facts(), "cases": [], "failures": []}
+    results["ceilings"] = ceilings(clock)
+    for measure in (decode_rows, decompressed_rows, forward_rows, training_rows):
+        collect(measure, results, clock, results["ceilings"])
+        write_json(arguments.json, results)  # what is measured is kept, whatever comes next
     results["machine"]["clocks_after"] = smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    write_json(arguments.json, results)
     columns = ["case", "ms", "figure", "unit", "against", "share", "at least"]
     print(format_table(columns, [[row[column] for column in columns] for row in results["cases"]]))
-    write_json(arguments.json, results)
-    missed = [row["case"] for row in results["cases"] if row["at least"] and row["share"] < row["at least"]]
+    missed = [row["case"] for row in results["cases"] if row["share"] < row["at least"]]
     print(f"missed: {', '.join(missed) or 'none'}")
-    return 1 if missed else 0
+    print(f"failed: {'; '.join(results['failures']) or 'none'}")
+    return 1 if missed or results["failures"] else 0
+
+
+def collect(measure: Callable[..., Iterator[dict[str, Any]]], results: dict[str, Any], *arguments: Any) -> None:
+    """Add the lines of one measurement. What goes wrong in it is written down, and the next one is tried: a GPU is scarce."""
+    try:
+        for line in measure(*arguments):
+            results["cases"].append(line)
+    except Exception as error:
+        traceback.print_exc()
+        results["failures"].append(f"{measure.__name__}: {type(error).__name__}: {error}")
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
@@ -101,7 +118,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
 
 
 def row(
-    case: str, seconds: float, figure: float, unit: str, against: str, share: float, bound: float | None
+    case: str, seconds: float, figure: float, unit: str, against: str, share: float, bound: float
 ) -> dict[str, Any]:
     """One line of the table."""
     return {
@@ -116,55 +133,62 @@ def row(
 
 
 @torch.no_grad()
-def decode_rows(clock: Clock, ceiling: dict[str, float]) -> list[dict[str, Any]]:
-    """Contiguous and paged caches against a copy; one case against a decompressed cache."""
-    rows = []
+def decode_rows(clock: Clock, ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Contiguous and paged caches against a copy."""
     for case in DECODE:
         layer = Layer(case)
-        for name, run in ((case.name, decode_fused(layer)), (case.name + ", paged", decode_paged(layer))):
-            seconds = clock.seconds(run)
+        for name, prepare in ((case.name, decode_fused), (case.name + ", paged", decode_paged)):
+            seconds = clock.seconds(prepare(layer))
             rate = case.cache_bytes / seconds / 1e9
             share = rate / ceiling["copy_gb_per_second"]
-            rows.append(row(name, seconds, rate, "GB/s", "copy", share, BOUNDS["decode"]))
-        torch.cuda.empty_cache()
+            yield row(name, seconds, rate, "GB/s", "copy", share, BOUNDS["decode"])
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def decompressed_rows(clock: Clock, _: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Decode against a cache of keys and values of every head."""
     layer = Layer(DECOMPRESSED)
     ours, theirs = decode_fused(layer), decode_decompressed(layer)
-    agree(DECOMPRESSED.name, layer.output(ours()), theirs()[..., : DECOMPRESSED.nope].transpose(1, 2))
+    check_agreement(DECOMPRESSED.name, layer.output(ours()), theirs()[..., : DECOMPRESSED.nope].transpose(1, 2))
     seconds, other = clock.seconds(ours), clock.seconds(theirs)
-    rows.append(
-        row(
-            DECOMPRESSED.name, seconds, other / seconds, "x", f"decompressed K/V in flash attention, {other * 1000:.3g} ms",
-            other / seconds, BOUNDS["decompressed"],
-        )
-    )  # fmt: skip
-    torch.cuda.empty_cache()
-    return rows
+    against = f"decompressed K/V in flash attention, {other * 1000:.3g} ms"
+    yield row(DECOMPRESSED.name, seconds, other / seconds, "x", against, other / seconds, BOUNDS["decompressed"])
 
 
-def forward_rows(clock: Clock, ceiling: dict[str, float]) -> list[dict[str, Any]]:
-    """The op alone against a matrix product; a training step of a layer's attention against torch's two ways."""
-    from xeco_convert.ops import latent_attention
-
-    with torch.no_grad():
-        layer = Layer(FORWARD)
-        q_latent = layer.q_latent()
-        seconds = clock.seconds(
-            lambda: latent_attention(q_latent, layer.q_rope, layer.c_kv, layer.k_rope, softmax_scale=FORWARD.scale)
-        )
+@torch.no_grad()
+def forward_rows(clock: Clock, ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """The op alone against a matrix product."""
+    layer = Layer(FORWARD)
+    q_latent = layer.q_latent()
+    seconds = clock.seconds(
+        lambda: latent_attention(q_latent, layer.q_rope, layer.c_kv, layer.k_rope, softmax_scale=FORWARD.scale)
+    )
     rate = FORWARD.flop / seconds / 1e12
     share = rate / ceiling["bf16_tflop_per_second"]
-    rows = [row(FORWARD.name, seconds, rate, "TFLOP/s", "bf16 matmul", share, BOUNDS["forward"])]
+    yield row(FORWARD.name, seconds, rate, "TFLOP/s", "bf16 matmul", share, BOUNDS["forward"])
+
+
+def training_rows(clock: Clock, _: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """A training step of a layer's attention against torch's two ways, of which one may not run on this GPU."""
     layer = Layer(FORWARD, training=True)
-    implementations = {"fused": fused, "expanded K/V in flash attention": expanded_sdpa, "FlexAttention": flex}
-    outputs = {name: run(layer).detach() for name, run in implementations.items()}
-    for name, output in outputs.items():
-        agree(f"{FORWARD.name}, {name}", outputs["fused"], output)
-    times = {name: clock.seconds(training_step(run, layer)) for name, run in implementations.items()}
-    best = min((name for name in times if name != "fused"), key=lambda name: times[name])
-    against = ", ".join(f"{name} {seconds * 1000:.3g} ms" for name, seconds in times.items() if name != "fused")
-    ratio = times[best] / times["fused"]
-    name = FORWARD.name.replace("forward", "forward + backward")
-    return [*rows, row(name, times["fused"], ratio, "x", against, ratio, BOUNDS["training"])]
+    ours = fused(layer).detach()
+    seconds = clock.seconds(training_step(fused, layer))
+    times, words = [], []
+    for name, peer in (("expanded K/V in flash attention", expanded_sdpa), ("FlexAttention", flex)):
+        try:
+            output = peer(layer).detach()
+            times.append(clock.seconds(training_step(peer, layer)))
+        except RuntimeError as error:  # no kernel, or no room for one, in torch or Triton
+            traceback.print_exc()
+            words.append(f"{name} does not run ({type(error).__name__})")
+            continue
+        check_agreement(f"{FORWARD.name}, {name}", ours, output)
+        words.append(f"{name} {times[-1] * 1000:.3g} ms")
+    if not times:
+        raise RuntimeError(", ".join(words))
+    name, ratio = FORWARD.name.replace("forward", "forward + backward"), min(times) / seconds
+    yield row(name, seconds, ratio, "x", ", ".join(words), ratio, BOUNDS["training"])
 
 
 def training_step(run: Callable[[Layer], Tensor], layer: Layer) -> Callable[[], Any]:
@@ -173,11 +197,11 @@ def training_step(run: Callable[[Layer], Tensor], layer: Layer) -> Callable[[], 
     return lambda: torch.autograd.grad(run(layer), layer.leaves, gradient)
 
 
-def agree(case: str, one: Tensor, other: Tensor) -> None:
-    """Exits where they are not the same function."""
+def check_agreement(case: str, one: Tensor, other: Tensor) -> None:
+    """Raises `ValueError` where they are not the same function."""
     error = float((one.float() - other.float()).norm() / other.float().norm())
     if not error < 0.03:
-        sys.exit(f"{case}: implementations disagree: relative error {error:.3g}")
+        raise ValueError(f"{case}: implementations disagree: relative error {error:.3g}")
 
 
 if __name__ == "__main__":

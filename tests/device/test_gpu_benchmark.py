@@ -8,6 +8,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import bench_gpu_attention as bench
 import gpu_attention_peers as peers
 import gpu_generate
 from gpu_generate import GenerateCase, converted_config, random_model, source_config
@@ -46,6 +47,59 @@ def test_a_decode_step_computes_the_same_in_every_implementation() -> None:
 def test_work_and_bytes_are_counted_from_the_sizes() -> None:
     assert FORWARD.flop == 2 * (2 * 32 + 16) * 3 * 2 * (64 * 65 // 2)
     assert DECODE.cache_bytes == 2 * 128 * (32 + 16) * 2
+
+
+class StillClock:
+    """Runs once and says that it took a millisecond for each time it was asked."""
+
+    asked = 0
+
+    def seconds(self, run) -> float:
+        run()
+        self.asked += 1
+        return self.asked / 1000
+
+
+CEILINGS = {"copy_gb_per_second": 1.0, "bf16_tflop_per_second": 1.0}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's cases, as small as the tests', on the CPU."""
+    for name, value in {"DECODE": [DECODE], "DECOMPRESSED": DECODE, "FORWARD": FORWARD}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "Layer", lambda case, **how: peers.Layer(case, device="cpu", **how))
+    monkeypatch.setattr(bench, "flex", peers.fused)  # compiled, and without gradients on the CPU
+
+
+@pytest.mark.usefixtures("small")
+def test_every_case_becomes_a_line_of_the_table() -> None:
+    results: dict = {"cases": [], "failures": []}
+    for measure in (bench.decode_rows, bench.decompressed_rows, bench.forward_rows, bench.training_rows):
+        bench.collect(measure, results, StillClock(), CEILINGS)
+    assert results["failures"] == []
+    assert [line["unit"] for line in results["cases"]] == ["GB/s", "GB/s", "x", "TFLOP/s", "x"]
+    assert results["cases"][0]["figure"] == DECODE.cache_bytes / 1e6
+    assert results["cases"][2]["share"] == 2.0 and results["cases"][4]["share"] == 2.0
+
+
+@pytest.mark.usefixtures("small")
+def test_a_peer_that_does_not_run_is_left_out_and_one_that_disagrees_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(layer: peers.Layer) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    results: dict = {"cases": [], "failures": []}
+    monkeypatch.setattr(bench, "flex", refuse)
+    bench.collect(bench.training_rows, results, StillClock(), CEILINGS)
+    assert "FlexAttention does not run (RuntimeError)" in results["cases"][0]["against"] and not results["failures"]
+    monkeypatch.setattr(bench, "expanded_sdpa", lambda layer: 2 * peers.fused(layer))
+    bench.collect(bench.training_rows, results, StillClock(), CEILINGS)
+    assert "training_rows: ValueError: " in results["failures"][0] and "disagree" in results["failures"][0]
+    monkeypatch.setattr(bench, "expanded_sdpa", refuse)
+    bench.collect(bench.training_rows, results, StillClock(), CEILINGS)
+    assert "expanded K/V in flash attention does not run" in results["failures"][1] and len(results["cases"]) == 1
 
 
 # generate
