@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "latent_attention/device_kernels.h"
+#include "latent_attention/tiles.cuh"
 #include "rope_and_append/device_kernels.h"
 #include "xeco/gpu_compat.h"
 
@@ -76,6 +77,11 @@ void emulated_schedule(int64_t seed, int64_t without_barrier) {
 }
 
 int64_t emulated_barriers(int64_t launch) { return gpu::machine::num_barriers(static_cast<int>(launch)); }
+
+// Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage.
+int64_t stages_of_block(int64_t fixed, int64_t each, const Limits* limits) {
+  return gpu::stages_that_fit(queue_of(*limits), [&](int stages) { return fixed + stages * each; });
+}
 
 int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rope, const View* c_kv, const View* k_rope,
                      void* out, float* lse, int64_t num_splits, float* part_sums, float* part_states,

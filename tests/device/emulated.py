@@ -28,7 +28,7 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
     if not library.exists():
         _compile(machine, library)
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_lanes.restype = ctypes.c_int64
+    loaded.emulated_lanes.restype = loaded.stages_of_block.restype = ctypes.c_int64
     loaded.emulated_schedule.argtypes = [ctypes.c_int64, ctypes.c_int64]
     loaded.emulated_barriers.restype = ctypes.c_int64
     loaded.emulated_barriers.argtypes = [ctypes.c_int64]
@@ -42,6 +42,8 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
 def _compile(machine: str, library: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = f"-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
+    # a misaligned access or an index that does not fit its type ends the program, as a GPU would or should
+    flags += "-fsanitize=alignment,signed-integer-overflow,shift -fsanitize-undefined-trap-on-error".split()
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
     subprocess.run(command, check=True)
@@ -145,6 +147,11 @@ class Emulated:
             _pointer(block_table),
             pages,
         )
+
+    def stages_of_block(self, fixed: int, each: int) -> int:
+        """Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage."""
+        sizes = (ctypes.c_int64(fixed), ctypes.c_int64(each))
+        return int(self.library.stages_of_block(*sizes, ctypes.byref(self._limits)))
 
     def num_barriers(self, launch: int) -> int:
         """That a thread came to in one block of a kernel of the last call: its first launch is 0."""

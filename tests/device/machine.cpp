@@ -256,11 +256,16 @@ void meet(Together together, void* mine) {
   }
 }
 
+void check_shared_16(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) fail("16 bytes of shared memory are not aligned");
+  const char* begin = static_cast<const char*>(address);
+  if (begin < shared() || begin + 16 > shared() + shared_size) fail("16 bytes miss the shared memory");
+}
+
 void copy_later(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes is not aligned");
-  const char* begin = static_cast<const char*>(to);
-  if (begin < shared() || begin + 16 > shared() + shared_size) fail("a copy misses the shared memory");
-  fibers[current].open.push_back({to, from});
+  check_shared_16(to);
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes is not aligned");
+  fibers[static_cast<size_t>(current)].open.push_back({to, from});
 }
 
 void commit() {

@@ -66,6 +66,23 @@ def test_any_number_of_stages_gives_the_result(gpu: Machine, stages: int) -> Non
     assert_forward(replace(gpu, max_stages=stages), sizes, torch.bfloat16, {"starts": torch.tensor([3])})
 
 
+@pytest.mark.parametrize(
+    ("fixed", "each", "expected"),
+    [
+        (20, 10, 4),  # two blocks have room for four
+        (20, 20, 3),  # two blocks have room for three
+        (20, 30, 2),  # two blocks have room for two
+        (20, 31, 4),  # a block is alone anyhow
+        (20, 45, 3),
+        (20, 80, 1),
+    ],
+)
+def test_stages_fill_what_a_second_block_cannot_use(emulated: Emulated, fixed: int, each: int, expected: int) -> None:
+    """In KB, of 163 KB. Copies through registers (MFMA) have one stage."""
+    found = emulated.stages_of_block(fixed * 1024, each * 1024)
+    assert found == (expected if emulated.library.emulated_lanes() == 32 else 1)
+
+
 @pytest.mark.parametrize("sizes", [Sizes(3, 40, 24, 512, 64, 1), Sizes(7, 40, 10, 256, 64, 1)])
 def test_a_machine_with_less_shared_memory_takes_smaller_tiles(gpu: Machine, sizes: Sizes) -> None:
     small = replace(gpu, max_shared_bytes=min(gpu.max_shared_bytes, 99 * 1024))

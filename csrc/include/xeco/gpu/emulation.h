@@ -49,6 +49,8 @@ void barrier();
 // All lanes of a warp come together; `together` is called once, with what each has brought.
 using Together = void (*)(void* const* lanes);
 void meet(Together together, void* mine);
+// Ends the program where 16 bytes do not lie in the block's shared memory, on a multiple of 16.
+void check_shared_16(const void* address);
 void copy_later(void* to, const void* from);
 void commit();
 void wait(int pending);
@@ -221,6 +223,7 @@ struct LoadMatrices {
 // PTX ISA, ldmatrix: lanes 8i…8i + 7 give the rows of matrix i; a lane receives of each matrix the two elements from row
 // lane / 4, column 2·(lane % 4) on, of the matrix or of its transpose.
 inline void load_matrices_of(const LoadMatrices& of_mine) {
+  machine::check_shared_16(of_mine.row);
   LoadMatrices mine = of_mine;
   machine::meet(
       [](void* const* lanes) {
