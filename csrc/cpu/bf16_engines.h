@@ -41,8 +41,7 @@ XECO_INLINE void dot_block(int64_t pairs, const uint16_t* a, int64_t row_step, i
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j)
-      sums[i][j] = accumulate ? _mm512_loadu_ps(c + i * c_stride + j * kLanes) : _mm512_setzero_ps();
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k) {
     __m512bh right[kVectors];
 #pragma GCC unroll 2
@@ -57,7 +56,10 @@ XECO_INLINE void dot_block(int64_t pairs, const uint16_t* a, int64_t row_step, i
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * c_stride + j * kLanes, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * c_stride + j * kLanes;
+      _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
+    }
 }
 
 template <int kRows, int kVectors>

@@ -6,6 +6,9 @@
 // its rows (A(i, k) = a[i * stride + k], cached tokens times queries) or along its columns (A(i, k) = a[k * stride + i],
 // the same tokens as values). So scores come out as [token][query row], the softmax runs down the vectors, and nothing is
 // ever transposed but the queries and the output, once each.
+//
+// What is in C is added last: sums are short chains (a tile of tokens, kDepthPiece features) that are added up in turn,
+// whose rounding errors do not grow with the length of a cache as those of one long chain would.
 
 namespace xeco::XECO_ISA {
 
@@ -26,7 +29,7 @@ XECO_INLINE void gemm_block(int64_t depth, const float* a, int64_t stride, const
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = accumulate ? load(c + i * c_stride + j * kLanes) : Vf{};
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = Vf{};
   for (int64_t k = 0; k < depth; ++k) {
     Vf right[kVectors];
 #pragma GCC unroll 2
@@ -41,7 +44,10 @@ XECO_INLINE void gemm_block(int64_t depth, const float* a, int64_t stride, const
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * c_stride + j * kLanes;
+      store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
+    }
 }
 
 // The last rows, fewer than a block: the block of the fitting size is found by counting down.
@@ -68,13 +74,20 @@ static void gemm_panel(int64_t rows, int64_t depth, const float* a, int64_t stri
                                                      c_stride, accumulate);
 }
 
+constexpr int64_t kDepthPiece = 128;
+
 template <bool kColumns>
 static void gemm(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, int vectors, float* c,
                  int64_t c_stride, bool accumulate) {
-  if (vectors == 1)
-    gemm_panel<1, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
-  else
-    gemm_panel<2, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthPiece) {
+    const int64_t piece = smaller_of(kDepthPiece, depth - k);
+    const float* columns = a + (kColumns ? k * stride : k);
+    const float* panel = b + k * vectors * kLanes;
+    if (vectors == 1)
+      gemm_panel<1, kColumns>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0);
+    else
+      gemm_panel<2, kColumns>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0);
+  }
 }
 
 }  // namespace xeco::XECO_ISA

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+from xeco_convert.ops.choice import MAX_RANK, MAX_ROPE
+from xeco_convert.ops.fused import Ranges, fused_attention, kernel_obstacle, ranges_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +111,24 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
     c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
     w_uk, _ = split_up_projection(mla, num_heads)
     q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
-    query_rows = torch.cat([q_latent, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))], dim=-1).transpose(1, 2)
-    key_rows = torch.cat([c_kv, rotate(k_rope, cos, sin)], dim=-1).unsqueeze(1).expand(-1, num_heads, -1, -1)
+    q_rope, k_rope = rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)), rotate(k_rope, cos, sin)
+    ranges = _kernel_ranges(c_kv, k_rope, context)
+    if ranges is not None:
+        scale, dtype = context.softmax_scale, c_kv.dtype
+        return fused_attention(q_latent, q_rope, c_kv, k_rope, softmax_scale=scale, dtype=dtype, ranges=ranges)
+    query_rows = torch.cat([q_latent, q_rope], dim=-1).transpose(1, 2)
+    key_rows = torch.cat([c_kv, k_rope], dim=-1).unsqueeze(1).expand(-1, num_heads, -1, -1)
     out = _attended(query_rows, key_rows, key_rows, context)
     return out.transpose(1, 2)[..., : c_kv.shape[-1]]
+
+
+def _kernel_ranges(c_kv: Tensor, k_rope: Tensor, context: AttentionContext) -> Ranges | None:
+    """The context's mask as the compiled kernels take it, where they serve this call; they are several times faster here."""
+    if context.logit_softcap is not None or not 0 < k_rope.shape[-1] <= MAX_ROPE or c_kv.shape[-1] > MAX_RANK:
+        return None
+    if kernel_obstacle(c_kv.device.type, c_kv.dtype) is not None:
+        return None
+    return ranges_of(context.mask)
 
 
 def mla_compressed(

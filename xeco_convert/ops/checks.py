@@ -6,11 +6,29 @@ do, and belong to the kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MAX_RANK, MAX_ROPE = 512, 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def run_checked(op: Any, check: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
+    """op(*arguments), whose kernels check for themselves; what they refuse is refused as `ValueError`, as `check` does it.
+
+    To check here beforehand would take as long as a decode step over a short cache.
+    """
+    if torch.compiler.is_compiling():
+        check(*arguments)
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError:
+        check(*arguments)
+        raise
 
 
 def check_attention_inputs(

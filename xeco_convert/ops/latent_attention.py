@@ -13,7 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from xeco_convert.ops.checks import check_attention_inputs, check_integers, check_rule, check_tensor, check_values
+from xeco_convert.ops.checks import (
+    check_attention_inputs,
+    check_integers,
+    check_rule,
+    check_tensor,
+    check_values,
+    run_checked,
+)
 from xeco_convert.ops.extension import first_loaded_now, runs_in_reference
 
 _OP = "latent_attention"
@@ -67,10 +74,11 @@ def latent_attention(
     softmax and recomputation from lse: FlashAttention-2 (arXiv 2307.08691).
     """
     rule = (starts, ends, query_positions, float(softmax_scale), causal, window or 0, float(softcap or 0.0))
-    _check(_OP, q_latent, q_rope, c_kv, k_rope, *rule)
+    arguments = (q_latent, q_rope, c_kv, k_rope, *rule)
     if runs_in_reference(q_latent):
-        return latent_attention_reference(q_latent, q_rope, c_kv, k_rope, *rule)
-    return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention(q_latent, q_rope, c_kv, k_rope, *rule))
+        _check_public(*arguments)
+        return latent_attention_reference(*arguments)
+    return cast(tuple[Tensor, Tensor], run_checked(torch.ops.xeco.latent_attention, _check_public, arguments))
 
 
 def latent_attention_reference(
@@ -209,6 +217,10 @@ def _check(
     check_rule(op, causal=causal, window=window, softcap=softcap)
     for name, tensor in (("starts", starts), ("ends", ends), ("query_positions", query_positions)):
         check_integers(op, name, tensor, "[B]", (q_latent.shape[0],), q_latent)
+
+
+def _check_public(*arguments: Any) -> None:
+    _check(_OP, *arguments)
 
 
 def _check_saved(q_latent: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:

@@ -12,7 +12,14 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from xeco_convert.ops.checks import check_attention_inputs, check_integers, check_pages, check_rule, check_values
+from xeco_convert.ops.checks import (
+    check_attention_inputs,
+    check_integers,
+    check_pages,
+    check_rule,
+    check_values,
+    run_checked,
+)
 from xeco_convert.ops.extension import first_loaded_now, runs_in_reference
 from xeco_convert.ops.latent_attention import fake_attention, latent_attention_reference
 
@@ -59,11 +66,12 @@ def latent_attention_decode(
             f"{_OP}: has no gradient: expected torch.no_grad() or detached inputs; use latent_attention to train"
         )
     rule = (block_table, starts, lengths, float(softmax_scale), window or 0, float(softcap or 0.0), num_splits or 0)
-    _check(q_latent, q_rope, c_kv, k_rope, *rule)
+    arguments = (q_latent, q_rope, c_kv, k_rope, *rule)
     if runs_in_reference(q_latent):
-        _check_data(q_latent, q_rope, c_kv, k_rope, *rule)
-        return latent_attention_decode_reference(q_latent, q_rope, c_kv, k_rope, *rule)
-    return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention_decode(q_latent, q_rope, c_kv, k_rope, *rule))
+        _check(*arguments)
+        _check_data(*arguments)
+        return latent_attention_decode_reference(*arguments)
+    return cast(tuple[Tensor, Tensor], run_checked(torch.ops.xeco.latent_attention_decode, _check, arguments))
 
 
 def latent_attention_decode_reference(

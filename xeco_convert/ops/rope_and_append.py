@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xeco_convert.ops.checks import check_float, check_integers, check_pages, check_tensor, check_values
+from xeco_convert.ops.checks import check_float, check_integers, check_pages, check_tensor, check_values, run_checked
 from xeco_convert.ops.extension import first_loaded_now
 
 _OP = "rope_and_append"
@@ -52,12 +52,12 @@ def rope_and_append(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (c_kv, k_rope, cos, sin, c_kv_cache, k_rope_cache)):
         raise ValueError(f"{_OP}: has no gradient: expected torch.no_grad() or detached inputs")
     arguments = (c_kv, k_rope, cos, sin, c_kv_cache, k_rope_cache, block_table, positions)
-    _check(*arguments)
     if c_kv.dtype == torch.float64:
+        _check(*arguments)
         _check_data(*arguments)
         rope_and_append_reference(*arguments)
     else:
-        torch.ops.xeco.rope_and_append(*arguments)
+        run_checked(torch.ops.xeco.rope_and_append, _check, arguments)
 
 
 def rope_and_append_reference(
