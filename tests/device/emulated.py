@@ -43,7 +43,7 @@ def _compile(machine: str, library: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = f"-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
     # a misaligned access or an index that does not fit its type ends the program, as a GPU would or should
-    flags += "-fsanitize=alignment,signed-integer-overflow,shift -fsanitize-undefined-trap-on-error".split()
+    flags += ["-fsanitize=alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
     subprocess.run(command, check=True)
