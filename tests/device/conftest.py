@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))  # operands.py: inputs and the rule of errors
@@ -39,7 +40,11 @@ def library(request: pytest.FixtureRequest, build_folder: Path, libraries: dict[
     return load(request.param, build_folder, libraries)
 
 
-@pytest.fixture(params=[*LANES, pytest.param("cuda", marks=pytest.mark.gpu)])
+# tests/ops/test_elsewhere.py says, by one skipped test, where no GPU is present
+ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=[*LANES, *ON_GPU])
 def gpu(request: pytest.FixtureRequest, build_folder: Path, libraries: dict[str, ctypes.CDLL]) -> Emulated | Real:
     """Both emulated machines, then the real one."""
     if request.param == "cuda":

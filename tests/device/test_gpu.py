@@ -13,6 +13,8 @@ from torch import Tensor
 from xeco_convert.ops import latent_attention, latent_attention_decode, rope_and_append
 from xeco_convert.ops.extension import kernel_obstacle
 
+if not torch.cuda.is_available():
+    pytest.skip("no GPU is present", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
