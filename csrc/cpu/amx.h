@@ -199,8 +199,14 @@ struct AmxProduct {
       }
   }
 
+  // Tiles leave no place between their products: what comes next is asked for before them.
+  template <bool kAhead = false>
   static void rows(int64_t rows, int64_t depth, const uint16_t* a, int64_t stride, const uint16_t* b, int vectors,
-                   float* c, int64_t c_stride, bool accumulate) {
+                   float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
+    if constexpr (kAhead)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t line = 0; line < ahead.lines; ++line)
+          __builtin_prefetch(ahead.rows + row * ahead.stride + line * 64, 0, 2);
     amx_rows(rows, depth, a, stride, b, vectors, c, c_stride, accumulate);
   }
 

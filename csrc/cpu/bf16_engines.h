@@ -34,15 +34,16 @@ XECO_INLINE __m512i load_pair(const uint16_t* from) {
 }
 
 // As gemm_block in cpu/gemm.h. The pair (i, k) lies at a + i * row_step + k * depth_step.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kAhead>
 XECO_INLINE void dot_block(int64_t pairs, const uint16_t* a, int64_t row_step, int64_t depth_step, const uint16_t* b,
-                           float* c, int64_t c_stride, bool accumulate) {
+                           float* c, int64_t c_stride, bool accumulate, const Ahead& ahead) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k) {
+    if constexpr (kAhead) ask_for(ahead, k, kRows);
     __m512bh right[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + (k * kVectors + j) * 2 * kLanes);
@@ -62,36 +63,37 @@ XECO_INLINE void dot_block(int64_t pairs, const uint16_t* a, int64_t row_step, i
     }
 }
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kAhead>
 XECO_INLINE void dot_last_rows(int64_t rows, int64_t pairs, const uint16_t* a, int64_t row_step, int64_t depth_step,
-                               const uint16_t* b, float* c, int64_t c_stride, bool accumulate) {
+                               const uint16_t* b, float* c, int64_t c_stride, bool accumulate, const Ahead& ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      dot_block<kRows, kVectors>(pairs, a, row_step, depth_step, b, c, c_stride, accumulate);
+      dot_block<kRows, kVectors, kAhead>(pairs, a, row_step, depth_step, b, c, c_stride, accumulate, ahead);
     else
-      dot_last_rows<kRows - 1, kVectors>(rows, pairs, a, row_step, depth_step, b, c, c_stride, accumulate);
+      dot_last_rows<kRows - 1, kVectors, kAhead>(rows, pairs, a, row_step, depth_step, b, c, c_stride, accumulate, ahead);
   }
 }
 
-template <int kVectors>
+template <int kVectors, bool kAhead = false>
 XECO_INLINE void dot_panel(int64_t rows, int64_t pairs, const uint16_t* a, int64_t row_step, int64_t depth_step,
-                           const uint16_t* b, float* c, int64_t c_stride, bool accumulate) {
+                           const uint16_t* b, float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
   constexpr int kRowBlock = kRowBlocks[kVectors];
   int64_t i = 0;
   for (; i + kRowBlock <= rows; i += kRowBlock)
-    dot_block<kRowBlock, kVectors>(pairs, a + i * row_step, row_step, depth_step, b, c + i * c_stride, c_stride,
-                                   accumulate);
-  dot_last_rows<kRowBlock - 1, kVectors>(rows - i, pairs, a + i * row_step, row_step, depth_step, b, c + i * c_stride,
-                                         c_stride, accumulate);
+    dot_block<kRowBlock, kVectors, kAhead>(pairs, a + i * row_step, row_step, depth_step, b, c + i * c_stride, c_stride,
+                                           accumulate, ahead.from_row(i));
+  dot_last_rows<kRowBlock - 1, kVectors, kAhead>(rows - i, pairs, a + i * row_step, row_step, depth_step, b,
+                                                 c + i * c_stride, c_stride, accumulate, ahead.from_row(i));
 }
 
 // depth_step is a constant at every call: inlined, it becomes part of the addresses.
+template <bool kAhead = false>
 static void dot_rows(int64_t rows, int64_t depth, const uint16_t* a, int64_t stride, const uint16_t* b, int vectors,
-                     float* c, int64_t c_stride, bool accumulate) {
+                     float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
   if (vectors == 1)
-    dot_panel<1>(rows, depth / 2, a, stride, 2, b, c, c_stride, accumulate);
+    dot_panel<1, kAhead>(rows, depth / 2, a, stride, 2, b, c, c_stride, accumulate, ahead);
   else
-    dot_panel<2>(rows, depth / 2, a, stride, 2, b, c, c_stride, accumulate);
+    dot_panel<2, kAhead>(rows, depth / 2, a, stride, 2, b, c, c_stride, accumulate, ahead);
 }
 
 static void dot_columns(int64_t rows, int64_t depth, const uint16_t* a, int64_t columns, const uint16_t* b, int vectors,
@@ -119,9 +121,10 @@ struct DotProduct {
     }
   }
 
+  template <bool kAhead = false>
   static void rows(int64_t rows, int64_t depth, const uint16_t* a, int64_t stride, const uint16_t* b, int vectors,
-                   float* c, int64_t c_stride, bool accumulate) {
-    dot_rows(rows, depth, a, stride, b, vectors, c, c_stride, accumulate);
+                   float* c, int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
+    dot_rows<kAhead>(rows, depth, a, stride, b, vectors, c, c_stride, accumulate, ahead);
   }
 
   // Columns [first, first + count) of the tile, over its tokens.
@@ -154,12 +157,15 @@ struct PairEngine {
     return {rows, scratch, rank + packed_rope};
   }
 
+  template <bool kAhead = false>
   static void scores(const Tile& tile, int64_t rank, int64_t rope, const uint16_t* latent, const uint16_t* rotary,
-                     int vectors, float* out) {
+                     int vectors, float* out, const NextTile& next = {}) {
     const TileRows<uint16_t>& rows = tile.rows;
     const int64_t width = vectors * kLanes;
-    Product::rows(rows.tokens, rank, rows.latent, rows.latent_stride, latent, vectors, out, width, false);
-    Product::rows(rows.tokens, rope, rows.rope, rows.rope_stride, rotary, vectors, out, width, true);
+    Product::template rows<kAhead>(rows.tokens, rank, rows.latent, rows.latent_stride, latent, vectors, out, width,
+                                   false, next.latent);
+    Product::template rows<kAhead>(rows.tokens, rope, rows.rope, rows.rope_stride, rotary, vectors, out, width, true,
+                                   next.rope);
   }
 
   static void latent_scores(const Tile& tile, int64_t rank, const uint16_t* panel, int vectors, float* out) {

@@ -20,6 +20,21 @@ struct TileRows {
   int64_t tokens;
 };
 
+// The rows of the tile that comes next, to be asked for while this one is worked on.
+struct NextTile {
+  Ahead latent, rope;
+};
+
+template <class Storage>
+XECO_INLINE NextTile next_tile(const TileRows<Storage>& rows, int64_t rank, int64_t rope) {
+  if (rows.tokens == 0) return {};
+  constexpr int64_t kBytes = sizeof(Storage);
+  const auto ahead = [](const Storage* first, int64_t stride, int64_t width) {
+    return Ahead{reinterpret_cast<const char*>(first), stride * kBytes, (width * kBytes + 63) / 64};
+  };
+  return {ahead(rows.latent, rows.latent_stride, rank), ahead(rows.rope, rows.rope_stride, rope)};
+}
+
 template <class ElementType>
 struct WideEngine {
   using Element = ElementType;
@@ -48,12 +63,13 @@ struct WideEngine {
     }
   }
 
-  // [tokens][w] = latents · latent panel + rotary keys · rope panel
+  // [tokens][w] = latents · latent panel + rotary keys · rope panel. kAhead: asks for the next tile on the way.
+  template <bool kAhead = false>
   static void scores(const Tile& tile, int64_t rank, int64_t rope, const float* latent, const float* rotary, int vectors,
-                     float* out) {
+                     float* out, const NextTile& next = {}) {
     const int64_t width = vectors * kLanes;
-    gemm<false>(tile.tokens, rank, tile.latent, tile.latent_stride, latent, vectors, out, width, false);
-    gemm<false>(tile.tokens, rope, tile.rope, tile.rope_stride, rotary, vectors, out, width, true);
+    gemm<false, kAhead>(tile.tokens, rank, tile.latent, tile.latent_stride, latent, vectors, out, width, false, next.latent);
+    gemm<false, kAhead>(tile.tokens, rope, tile.rope, tile.rope_stride, rotary, vectors, out, width, true, next.rope);
   }
 
   // [tokens][w] = latents · panel

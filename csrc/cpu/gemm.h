@@ -22,15 +22,35 @@ constexpr int kRowBlocks[3] = {0, 12, 6};
 constexpr int kRowBlocks[3] = {0, 8, 4};
 #endif
 
-template <int kRows, int kVectors, bool kColumns>
+// Rows that will be needed next, `lines` cache lines each, to be asked for while a product of their predecessors runs: one
+// line at a time, because the processor waits for few at once, and not left to it, because rows of a cache are short.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0;  // bytes
+  int64_t lines = 0;
+
+  Ahead from_row(int64_t row) const { return {rows + row * stride, stride, lines}; }
+  Ahead from_line(int64_t line) const { return {rows + line * 64, stride, lines - line}; }
+};
+
+constexpr int64_t kStepsPerLine = 16;  // of the depth, in which the lines of a row block are asked for, a row a step
+
+// Step k of the depth of a product of `rows` rows.
+XECO_INLINE void ask_for(const Ahead& ahead, int64_t k, int64_t rows) {
+  const int64_t row = k % kStepsPerLine, line = k / kStepsPerLine;
+  if (row < rows && line < ahead.lines) __builtin_prefetch(ahead.rows + row * ahead.stride + line * 64, 0, 2);
+}
+
+template <int kRows, int kVectors, bool kColumns, bool kAhead>
 XECO_INLINE void gemm_block(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride,
-                            bool accumulate) {
+                            bool accumulate, const Ahead& ahead) {
   Vf sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] = Vf{};
   for (int64_t k = 0; k < depth; ++k) {
+    if constexpr (kAhead) ask_for(ahead, k, kRows);
     Vf right[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) right[j] = load(b + (k * kVectors + j) * kLanes);
@@ -51,42 +71,44 @@ XECO_INLINE void gemm_block(int64_t depth, const float* a, int64_t stride, const
 }
 
 // The last rows, fewer than a block: the block of the fitting size is found by counting down.
-template <int kRows, int kVectors, bool kColumns>
+template <int kRows, int kVectors, bool kColumns, bool kAhead>
 XECO_INLINE void gemm_last_rows(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
-                                int64_t c_stride, bool accumulate) {
+                                int64_t c_stride, bool accumulate, const Ahead& ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      gemm_block<kRows, kVectors, kColumns>(depth, a, stride, b, c, c_stride, accumulate);
+      gemm_block<kRows, kVectors, kColumns, kAhead>(depth, a, stride, b, c, c_stride, accumulate, ahead);
     else
-      gemm_last_rows<kRows - 1, kVectors, kColumns>(rows, depth, a, stride, b, c, c_stride, accumulate);
+      gemm_last_rows<kRows - 1, kVectors, kColumns, kAhead>(rows, depth, a, stride, b, c, c_stride, accumulate, ahead);
   }
 }
 
-template <int kVectors, bool kColumns>
+template <int kVectors, bool kColumns, bool kAhead>
 static void gemm_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
-                       int64_t c_stride, bool accumulate) {
+                       int64_t c_stride, bool accumulate, const Ahead& ahead) {
   const int64_t step = kColumns ? 1 : stride;
   constexpr int kRowBlock = kRowBlocks[kVectors];
   int64_t i = 0;
   for (; i + kRowBlock <= rows; i += kRowBlock)
-    gemm_block<kRowBlock, kVectors, kColumns>(depth, a + i * step, stride, b, c + i * c_stride, c_stride, accumulate);
-  gemm_last_rows<kRowBlock - 1, kVectors, kColumns>(rows - i, depth, a + i * step, stride, b, c + i * c_stride,
-                                                     c_stride, accumulate);
+    gemm_block<kRowBlock, kVectors, kColumns, kAhead>(depth, a + i * step, stride, b, c + i * c_stride, c_stride,
+                                                      accumulate, ahead.from_row(i));
+  gemm_last_rows<kRowBlock - 1, kVectors, kColumns, kAhead>(rows - i, depth, a + i * step, stride, b, c + i * c_stride,
+                                                            c_stride, accumulate, ahead.from_row(i));
 }
 
 constexpr int64_t kDepthPiece = 128;
 
-template <bool kColumns>
+template <bool kColumns, bool kAhead = false>
 static void gemm(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, int vectors, float* c,
-                 int64_t c_stride, bool accumulate) {
+                 int64_t c_stride, bool accumulate, const Ahead& ahead = {}) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthPiece) {
     const int64_t piece = smaller_of(kDepthPiece, depth - k);
     const float* columns = a + (kColumns ? k * stride : k);
     const float* panel = b + k * vectors * kLanes;
+    const Ahead later = ahead.from_line(k / kStepsPerLine);
     if (vectors == 1)
-      gemm_panel<1, kColumns>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0);
+      gemm_panel<1, kColumns, kAhead>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0, later);
     else
-      gemm_panel<2, kColumns>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0);
+      gemm_panel<2, kColumns, kAhead>(rows, piece, columns, stride, panel, c, c_stride, accumulate || k > 0, later);
   }
 }
 

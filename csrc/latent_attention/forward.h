@@ -216,34 +216,35 @@ class Forward {
 
   void attend(const Work& work, const Buffers& memory, int64_t first, int64_t last) {
     const ScoreRule rule = score_rule(shape_);
+    auto rows = tile_rows(work.block.batch, first, last);
     for (int64_t token = first; token < last;) {
-      const auto rows = token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, work.block.batch, token,
-                                            smaller_of(kTileTokens, last - token));
-      prefetch_tile(work.block.batch, token + rows.tokens, last);
+      const auto following = tile_rows(work.block.batch, token + rows.tokens, last);
+      const NextTile next = next_tile(following, shape_.rank, shape_.rope);
+      bool asked = false;  // for the next tile
       const auto tile = Engine::tile(rows, shape_.rank, shape_.rope, false, memory.tile);
       for (int64_t p = 0; p < work.block.num_panels; ++p) {
         const PanelRange& range = work.ranges[p];
         if (token >= range.last_seen || token + rows.tokens <= range.first_seen) continue;
         const int vectors = work.block.panels[p].vectors;
-        Engine::scores(tile, shape_.rank, shape_.rope, work.latent[p], work.rotary[p], vectors, memory.scores);
+        if (asked)
+          Engine::scores(tile, shape_.rank, shape_.rope, work.latent[p], work.rotary[p], vectors, memory.scores);
+        else
+          Engine::template scores<true>(tile, shape_.rank, shape_.rope, work.latent[p], work.rotary[p], vectors,
+                                        memory.scores, next);
+        asked = true;
         softmax_tile(memory.scores, rows.tokens, vectors, rule, range, token, work.states[p], shape_.rank);
         const Operand* weights = Engine::weight_panel(memory.scores, rows.tokens, vectors, memory.weights);
         Engine::add_weighted_latents(tile, shape_.rank, 0, weights, vectors, work.states[p].sums);
       }
       token += rows.tokens;
+      rows = following;
     }
   }
 
-  // Asks for the next tile while this one is worked on: rows of a cache are too far apart for the processor to guess.
-  void prefetch_tile(int64_t batch, int64_t first, int64_t last) const {
-    if (first >= last) return;
-    const auto rows = token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, batch, first,
-                                          smaller_of(kTileTokens, last - first));
-    constexpr int64_t kLine = 64 / sizeof(Storage);
-    for (int64_t t = 0; t < rows.tokens; ++t) {
-      for (int64_t i = 0; i < shape_.rank; i += kLine) __builtin_prefetch(rows.latent + t * rows.latent_stride + i, 0, 2);
-      for (int64_t i = 0; i < shape_.rope; i += kLine) __builtin_prefetch(rows.rope + t * rows.rope_stride + i, 0, 2);
-    }
+  // The tile that begins at `first`; of no tokens where none is left.
+  TileRows<Storage> tile_rows(int64_t batch, int64_t first, int64_t last) const {
+    if (first >= last) return {nullptr, 0, nullptr, 0, 0};
+    return token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, batch, first, smaller_of(kTileTokens, last - first));
   }
 
   void merge_parts(int64_t group) {
