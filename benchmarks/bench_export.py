@@ -44,7 +44,9 @@ def run_without_package(folder: Path, ids: torch.Tensor, work: Path, new_tokens:
 
 
 @torch.no_grad()
-def compare(converted: Path, stock: Path, ids: torch.Tensor, work: Path, new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+def compare(
+    converted: Path, stock: Path, ids: torch.Tensor, work: Path, new_tokens: int = NEW_TOKENS
+) -> dict[str, Any]:
     """Our model in this Python, the stock class in one without us, in float32."""
     found = run_without_package(stock, ids, work, new_tokens)
     ours = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()

@@ -25,7 +25,9 @@ PAGES = {
 }
 IMAGES = "benchmarks/results/*.png"
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
-_LOADED = re.compile(r"""<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^"'\s>]+[^>]*>""")
+_LOADED = re.compile(
+    r"""<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^"'\s>]+[^>]*>"""
+)
 _IN_STYLES = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//[^"')\s]+""")
 
 
@@ -64,4 +66,6 @@ def on_post_build(config: Any) -> None:
             pattern = _LOADED if file.suffix == ".html" else _IN_STYLES
             found = pattern.search(file.read_text(encoding="utf-8"))
             if found is not None:
-                raise PluginError(f"{file.relative_to(config['site_dir'])} loads from elsewhere: {found.group(0)[:200]}")
+                raise PluginError(
+                    f"{file.relative_to(config['site_dir'])} loads from elsewhere: {found.group(0)[:200]}"
+                )

@@ -14,7 +14,8 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("change", "code"), [({}, 0), ({"logits_difference": 2e-3}, 1), ({"greedy_equal": 99}, 1), ({"cache_bytes": 641}, 1)]
+    ("change", "code"),
+    [({}, 0), ({"logits_difference": 2e-3}, 1), ({"greedy_equal": 99}, 1), ({"cache_bytes": 641}, 1)],
 )
 def test_a_row_that_misses_its_bound_fails(
     change: dict[str, Any], code: int, tinystories: Path, monkeypatch: pytest.MonkeyPatch
@@ -24,4 +25,3 @@ def test_a_row_that_misses_its_bound_fails(
     with pytest.raises(SystemExit) as done:
         bench_export.main()
     assert done.value.code == code
-

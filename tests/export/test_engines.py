@@ -23,7 +23,9 @@ from xeco_convert.export import ExportOptions, export_checkpoint
 _WITHOUT_THIS_PACKAGE = Path(__file__).resolve().parents[2] / "benchmarks" / "stock_without_package.py"
 
 
-def stock_alone(folder: Path, ids: torch.Tensor, work: Path, new_tokens: int, site: str | None = None) -> dict[str, Any]:
+def stock_alone(
+    folder: Path, ids: torch.Tensor, work: Path, new_tokens: int, site: str | None = None
+) -> dict[str, Any]:
     """What transformers gives for an export in a Python without site's .pth files, where an editable install is not found."""
     torch.save(ids, work / "ids.pt")
     arguments = [site or sysconfig.get_path("purelib"), folder, work / "ids.pt", work / "out.pt", new_tokens]

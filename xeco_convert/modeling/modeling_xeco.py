@@ -264,7 +264,7 @@ class LatentSelfAttention(nn.Module):
         )
 
     def _weight_obstacle(self) -> str | None:
-        """A wrapped up-projection, a quantised or an offloaded one has no weight that could be read past it: expand through it."""
+        """A wrapped, quantised or offloaded up-projection has no weight that could be read past it: expand through it."""
         foreign = _foreign_weight(self.kv_b_proj)
         if foreign is not None:
             return f"kv_b_proj {foreign}, so its weight cannot be absorbed"
