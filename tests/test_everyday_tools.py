@@ -70,7 +70,7 @@ def test_an_eight_bit_cache_holds_latents(converted: Path) -> None:
         numbers = [tensor for tensor, _scale in (layer._quantized_keys, layer._quantized_values)]
         assert sum(tensor.nbytes for tensor in numbers) == 2 * 20 * (12 + 4)
     error = (logits["fp8"] - logits["plain"]).norm() / logits["plain"].norm()
-    assert 0 < error < 0.1  # 0.02 to 0.04 was observed
+    assert 0 < error < 0.1  # 0.02 to 0.06 was observed
     text = model.generate(
         ids, max_new_tokens=4, do_sample=False, cache_implementation="quantized", cache_config={"backend": "fp8"}
     )
