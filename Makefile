@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch looks for ninja on PATH, not beside its Python
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint extension sdist wheel sanitize check-device clean
+.PHONY: demo test lint docs extension sdist wheel sanitize check-device clean
 
 demo: $(VENV)/.installed extension
 	$(BIN)/python -m xeco_convert.demo --output demo-output
@@ -26,6 +26,11 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# build/site: docs/, the READMEs and the API reference from the docstrings; a broken link or reference is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 sdist: $(VENV)/.dist
 	rm -f dist/*.tar.gz
@@ -76,6 +81,10 @@ $(VENV)/.tested: $(VENV)/.installed
 
 $(VENV)/.linted: $(VENV)/.installed
 	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[docs]'
 	touch $@
 
 $(VENV)/.dist: $(VENV)/.installed

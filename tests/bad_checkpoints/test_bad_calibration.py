@@ -89,6 +89,15 @@ def test_text_without_a_tokenizer(refuse: Refuse, tmp_path: Path) -> None:
     assert "no tokenizer could be loaded" in said
 
 
+def test_without_text_no_tokenizer_is_needed(tmp_path: Path) -> None:
+    """The source samples token ids: nothing is tokenised, and the output lacks what the source lacked."""
+    bare = build_checkpoint(tmp_path / "bare", "llama")
+    with pytest.raises(SystemExit) as done:
+        main([str(bare), str(tmp_path / "out"), "--rank", "8", "--calibration-tokens", "1024", "--quiet"])
+    assert done.value.code == 0
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
 def test_a_work_folder_of_other_options(refuse: Refuse, source: Path, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "run.json").write_text('{"fingerprint": "other"}')

@@ -109,12 +109,12 @@ def test_an_output_inside_the_source_is_refused(
     source: Path, refuse: Refuse, place: str, overwrite: tuple[str, ...]
 ) -> None:
     sentence = refuse(2, source, source / place, *PAPER, "--rank", 12, *overwrite).sentence
-    assert "OUT must lie outside IN" in sentence and "choose another folder" in sentence
+    assert "what is written must lie outside what is read" in sentence and "choose another folder" in sentence
 
 
 def test_an_output_around_the_source_is_refused(source: Path, refuse: Refuse) -> None:
     sentence = refuse(2, source, source.parent, *PAPER, "--rank", 12, "--overwrite").sentence
-    assert "OUT must lie outside IN" in sentence
+    assert "what is written must lie outside what is read" in sentence
 
 
 def test_a_link_to_the_source_is_the_source(source: Path, refuse: Refuse) -> None:
@@ -122,7 +122,7 @@ def test_a_link_to_the_source_is_the_source(source: Path, refuse: Refuse) -> Non
     link.symlink_to(source)
     for arguments in ((source, link), (link, source), (link, source / "out"), (source, link / "out")):
         sentence = refuse(2, *arguments, *PAPER, "--rank", 12, "--overwrite").sentence
-        assert "OUT must lie outside IN" in sentence
+        assert "what is written must lie outside what is read" in sentence
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])

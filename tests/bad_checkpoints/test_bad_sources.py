@@ -51,6 +51,22 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         ("quantised (bitsandbytes)", "expected float32, bfloat16 or float16", "dequantised copy"),
     ),
+    **{
+        method: (
+            {"quantization_config": {"quant_method": method, "bits": 4}},
+            (f"quantised ({method})", "expected float32, bfloat16 or float16", "dequantised copy"),
+        )
+        for method in ("fp8", "gptq", "awq")
+    },
+    "unknown attention": (
+        {"attn_logit_softcapping": 30.0},
+        ("attn_logit_softcapping = 30.0 is no field of a llama model",),
+    ),
+    "vision-language": (
+        {"model_type": "llava", "text_config": {"model_type": "llama"}},
+        ("'llava' wraps a text model ('llama', which is a supported family)", "save_pretrained"),
+    ),
+    "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("'bert' is no decoder of text alone",)),
     "odd quantisation": ({"quantization_config": ["awq"]}, ("quantised",)),
     "rotary type": ({"rope_parameters": {"rope_type": "longrope"}}, ("rotary type 'longrope'", "yarn")),
     "rotary settings": ({"rope_parameters": [1]}, ("rope_parameters must be an object, found list",)),

@@ -210,5 +210,7 @@ def test_an_existing_folder_is_replaced_only_on_request(llama_portable: Path, tm
     with pytest.raises(OptionError, match="--overwrite"):
         export_checkpoint(llama_portable, tmp_path / "stock")
     assert (tmp_path / "stock" / "mine.txt").read_text() == "kept"
+    with pytest.raises(OptionError, match="what is written must lie outside what is read"):
+        export_checkpoint(llama_portable, llama_portable / "stock")
     export_checkpoint(llama_portable, tmp_path / "stock", ExportOptions(overwrite=True))
     assert not (tmp_path / "stock" / "mine.txt").exists()

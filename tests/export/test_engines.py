@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -16,21 +17,29 @@ from safetensors import safe_open
 from test_deepseek_v3 import convert
 from transformers import AutoModelForCausalLM
 
+import xeco_convert
 from xeco_convert.export import ExportOptions, export_checkpoint
 
-_WITHOUT_THIS_PACKAGE = """
-import sys
-sys.path.append(sys.argv[1])
-import importlib.util
-assert importlib.util.find_spec("xeco_convert") is None
-import torch
-from transformers import DeepseekV3ForCausalLM
-model = DeepseekV3ForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
-ids = torch.load(sys.argv[3])
-output = model.generate(ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
-cache = output.past_key_values.layers[0]
-torch.save((model(ids).logits.detach(), output.sequences, cache.keys.shape[-1] + cache.values.shape[-1]), sys.argv[4])
-"""
+_WITHOUT_THIS_PACKAGE = Path(__file__).resolve().parents[2] / "benchmarks" / "stock_without_package.py"
+
+
+def stock_alone(
+    folder: Path, ids: torch.Tensor, work: Path, new_tokens: int, site: str | None = None
+) -> dict[str, Any]:
+    """What transformers gives for an export in a Python without site's .pth files, where an editable install is not found."""
+    torch.save(ids, work / "ids.pt")
+    arguments = [site or sysconfig.get_path("purelib"), folder, work / "ids.pt", work / "out.pt", new_tokens]
+    command = [sys.executable, "-I", "-S", str(_WITHOUT_THIS_PACKAGE), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert done.returncode == 0, done.stderr
+    return torch.load(work / "out.pt")
+
+
+def greedy(folder: Path, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Our own greedy tokens behind the first 16 of `ids` [1, T]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return model.generate(ids[:1, :16], attention_mask=torch.ones(1, 16), do_sample=False, **length)[0, 16:]
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +48,39 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transformers_loads_it_where_this_package_is_not_installed(portable: Path, tmp_path: Path) -> None:
-    """A Python without site's .pth files: what is installed in editable mode is not there."""
     export_checkpoint(portable, tmp_path / "stock")
-    ids = random_ids(1, 12)
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = [
-        sysconfig.get_path("purelib"),
-        str(tmp_path / "stock"),
-        str(tmp_path / "ids.pt"),
-        str(tmp_path / "out.pt"),
-    ]
-    command = [sys.executable, "-I", "-S", "-c", _WITHOUT_THIS_PACKAGE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    logits, sequences, cached = torch.load(tmp_path / "out.pt")
+    ids = random_ids(1, 24)
+    found = stock_alone(tmp_path / "stock", ids, tmp_path, 40)
     ours = AutoModelForCausalLM.from_pretrained(portable, dtype=torch.float32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(logits, ours(ids).logits, rtol=1e-3, atol=1e-3)
-    assert torch.equal(sequences, ours.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0))
-    assert cached == 12 + 8
+        torch.testing.assert_close(found["logits"], ours(ids).logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found["greedy"], greedy(portable, ids, 40))
+    assert found["cache_bytes"] == found["cache_tokens"] * 3 * (12 + 8) * 4
+
+
+def test_the_separate_python_refuses_to_run_where_this_package_is_found(portable: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="xeco_convert can be imported here"):
+        stock_alone(portable, random_ids(1, 24), tmp_path, 1, site=str(_WITHOUT_THIS_PACKAGE.parents[1]))
+
+
+def test_a_trained_model_gives_the_same_hundred_tokens_without_this_package(
+    stories: Path, shared: Path, tmp_path: Path
+) -> None:
+    """stories260k at half the cache. 2e-5 was observed for the logits; benchmarks/bench_export.py does tinystories-gqa."""
+    samples = json.loads((shared / "text" / "stories260k_samples.json").read_text(encoding="utf-8"))
+    rows = samples["sequences"] if isinstance(samples, dict) else samples
+    (tmp_path / "ids.json").write_text(json.dumps(rows[:8]), encoding="utf-8")
+    calibration = {"calibration": str(tmp_path / "ids.json"), "calibration_tokens": 1024}
+    xeco_convert.convert(stories, tmp_path / "out", rank=24, rope_dim=8, portable=True, **calibration)
+    export_checkpoint(tmp_path / "out", tmp_path / "stock")
+    assert not list((tmp_path / "stock").glob("*.py"))
+    ids = torch.tensor(rows[80:82])
+    found = stock_alone(tmp_path / "stock", ids, tmp_path, 100)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert float((found["logits"] - ours(ids).logits).abs().max()) < 1e-3
+    assert torch.equal(found["greedy"], greedy(tmp_path / "out", ids, 100))
+    assert found["cache_bytes"] == found["cache_tokens"] * 5 * (24 + 8) * 4
 
 
 def test_tensor_names_and_shapes_are_those_that_llama_cpp_s_converter_maps(portable: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_ids, source_model
+from builders import exact_model, random_ids, source_model, with_linear_keys
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -275,6 +275,54 @@ def test_the_eager_implementation_gives_weights_through_a_wrapped_up_projection(
     assert (output.logits - expected).abs().max() / expected.std() < TOLERANCE
     for weights in output.attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
+
+
+class OnlyMultiplies(torch.Tensor):
+    """A weight that can be multiplied by and nothing else, as a quantised one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.unflatten, torch.Tensor.view, torch.einsum, torch.Tensor.__getitem__):
+            raise NotImplementedError(f"{func.__name__} of a quantised weight")
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if func is torch.nn.functional.linear else found
+
+
+def with_weights_of_their_own_type(model: PreTrainedModel) -> PreTrainedModel:
+    changed = copy.deepcopy(model)
+    for layer in changed.model.layers:
+        for name in ("kv_b_proj", "q_head_proj"):
+            linear = getattr(layer.self_attn, name, None)
+            if linear is not None:
+                weight = linear.weight.detach().as_subclass(OnlyMultiplies)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                assert type(linear.weight) is OnlyMultiplies
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2"])
+def test_quantised_weights_are_only_multiplied_by(
+    kind: str, model_of: Callable[[str], PreTrainedModel], force: Force
+) -> None:
+    """torchao keeps nn.Linear and changes the type of its weight, of which rows cannot be taken."""
+    force(None)
+    plain = model_of(kind) if kind == "llama" else exact_model(with_linear_keys(source_model(kind)))
+    quantised, ids = with_weights_of_their_own_type(plain), random_ids(2, 12)
+    expected = plain(ids).logits
+    assert (quantised(ids).logits - expected).abs().max() / expected.std() < TOLERANCE
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(quantised.generate(ids, **settings), plain.generate(ids, **settings))
+    assert "weight of its own type (OnlyMultiplies" in quantised.model.layers[0].self_attn.explain_choice(1, 12)
+
+
+def test_lora_of_every_projection_reaches_the_heads_behind_a_norm() -> None:
+    model = exact_model(with_linear_keys(source_model("qwen3")))
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted, ids = get_peft_model(copy.deepcopy(model), settings).eval(), random_ids(2, 12)
+    found = adapted(ids).logits
+    merged = adapted.merge_and_unload().eval()(ids).logits
+    assert (found - merged).abs().max() / merged.std() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["fused", "sdpa"])

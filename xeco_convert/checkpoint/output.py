@@ -20,7 +20,7 @@ def _check_place(output: Path, source: Path, *, overwrite: bool) -> None:
     resolved = target.resolve()
     if resolved == source or source in resolved.parents or resolved in source.parents:
         raise OptionError(
-            f"{output}: OUT must lie outside IN ({source}), which is never changed; choose another folder."
+            f"{output}: what is written must lie outside what is read ({source}), which is never changed; choose another folder."
         )
     if target.is_symlink() or target.is_file():
         raise OptionError(f"{output}: expected a folder or nothing, found a file or link; choose another OUT.")

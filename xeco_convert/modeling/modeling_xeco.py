@@ -165,7 +165,11 @@ class LatentSelfAttention(nn.Module):
             heads = self.q_norm(queries).unflatten(-1, (self.num_heads, -1))
         else:
             heads = self.q_norm(queries.unflatten(-1, (self.num_heads, -1)))
-        return torch.einsum("bqhn,hmn->bqhm", heads, self.q_head_proj.weight.unflatten(0, (self.num_heads, -1)))
+        if _foreign_weight(self.q_head_proj) is None:
+            return torch.einsum("bqhn,hmn->bqhm", heads, self.q_head_proj.weight.unflatten(0, (self.num_heads, -1)))
+        # through the module: every head by every head's rows, of which its own are taken
+        crossed_BQHHM = self.q_head_proj(heads).unflatten(-1, (self.num_heads, -1))
+        return crossed_BQHHM.diagonal(dim1=2, dim2=3).transpose(-1, -2)
 
     def _latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, Q, R] and shared rotary key [B, Q, P], not yet rotated."""
@@ -260,9 +264,10 @@ class LatentSelfAttention(nn.Module):
         )
 
     def _weight_obstacle(self) -> str | None:
-        """A wrapped up-projection or an offloaded one has no weight that could be read past it: expand through it."""
-        if type(self.kv_b_proj) is not nn.Linear:
-            return "kv_b_proj is wrapped (LoRA, quantised), so its weight cannot be absorbed"
+        """A wrapped, quantised or offloaded up-projection has no weight that could be read past it: expand through it."""
+        foreign = _foreign_weight(self.kv_b_proj)
+        if foreign is not None:
+            return f"kv_b_proj {foreign}, so its weight cannot be absorbed"
         return "the weight of kv_b_proj is offloaded" if self.kv_b_proj.weight.is_meta else None
 
     @property
@@ -329,6 +334,15 @@ class LatentSelfAttention(nn.Module):
             scale=self.scaling,
         )
         return out[..., : self.v_head_dim].transpose(1, 2)
+
+
+def _foreign_weight(linear: nn.Module) -> str | None:
+    """Why the weight of a projection does not stand for it, in words; None where it does."""
+    if type(linear) is not nn.Linear:
+        return "is wrapped (LoRA, quantised)"
+    if type(linear.weight) in (nn.Parameter, Tensor):
+        return None
+    return f"has a weight of its own type ({type(linear.weight).__name__}: quantised, sharded)"  # torchao's, for one
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
