@@ -25,6 +25,9 @@ _CHUNK_NUMBERS = {"cpu": 2**24}
 _CHUNK_NUMBERS_GPU = 2**27
 _SLAB_WIDTH = {"cpu": 4096}
 _SLAB_WIDTH_GPU = 2**15
+# The gradient of a trained head is as large as the head in float32, and every chunk adds to all of it: taller chunks, of
+# slabs of the same size, spare most of that.
+_TALLER_WITH_TRAINED_HEAD = 4
 
 
 class Chunk:
@@ -182,7 +185,8 @@ def chunked_loss(
     hidden = student.hidden.flatten(0, -2).index_select(0, keep)
     vocabulary = student.head.weight.shape[0]
     kind = hidden.device.type
-    numbers = _CHUNK_NUMBERS.get(kind, _CHUNK_NUMBERS_GPU)
+    taller = _TALLER_WITH_TRAINED_HEAD if torch.is_grad_enabled() and student.head.weight.requires_grad else 1
+    numbers = _CHUNK_NUMBERS.get(kind, _CHUNK_NUMBERS_GPU) * taller
     work = _Work(
         terms=tuple(terms),
         scale=student.head.scale,
@@ -191,7 +195,7 @@ def chunked_loss(
         top_k=_kept_top_k(teacher, keep) if isinstance(teacher, TopKPrediction) else None,
         targets=None if targets is None else targets.flatten().index_select(0, keep),
         tokens_per_chunk=tokens_per_chunk or max(1, numbers // vocabulary),
-        slab_width=vocabulary_per_chunk or _SLAB_WIDTH.get(kind, _SLAB_WIDTH_GPU),
+        slab_width=vocabulary_per_chunk or _SLAB_WIDTH.get(kind, _SLAB_WIDTH_GPU) // taller,
     )
     weight, bias = student.head.weight, student.head.bias
     if torch.is_autocast_enabled(kind):  # as autocast does with a linear layer, once for all chunks
