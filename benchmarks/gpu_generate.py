@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 import time
@@ -138,6 +139,8 @@ def _now() -> float:
 @torch.inference_mode()
 def compare(case: GenerateCase, num_layers: int, device: str) -> dict[str, Any]:
     """One line of the table of bench_gpu_attention.py."""
+    if device == "cuda":
+        os.environ["XECO_ATTENTION"] = "fused"  # not the default until a GPU has run the kernels
     seconds = {}
     for kind, config in (
         ("source", source_config(case, num_layers)),

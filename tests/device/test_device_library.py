@@ -9,6 +9,7 @@ import torch
 import xeco_convert
 from xeco_convert.ops import extension
 from xeco_convert.ops.extension import DEVICE_NAME, ExtensionError
+from xeco_convert.ops.fused import unasked_obstacle
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_the_obstacle_of_a_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch)
     assert "_device are not there" in extension.kernel_obstacle("cuda", torch.bfloat16)
     monkeypatch.setattr(extension, "_DEVICE", types.ModuleType(DEVICE_NAME))
     assert extension.kernel_obstacle("cuda", torch.bfloat16) is None
+    assert "XECO_ATTENTION=fused takes them" in str(unasked_obstacle("cuda", torch.bfloat16))
     assert "bfloat16 and float16, not float32" in extension.kernel_obstacle("cuda", torch.float32)
 
 
