@@ -25,9 +25,10 @@ _CHUNK_NUMBERS = {"cpu": 2**24}
 _CHUNK_NUMBERS_GPU = 2**27
 _SLAB_WIDTH = {"cpu": 4096}
 _SLAB_WIDTH_GPU = 2**15
-# The gradient of a trained head is as large as the head in float32, and every chunk adds to all of it: taller chunks, of
-# slabs of the same size, spare most of that.
-_TALLER_WITH_TRAINED_HEAD = 4
+# The gradient of a trained head is as large as the head in float32, and every chunk adds to all of it: chunks of up to four
+# times as many tokens spare most of that. More than a quarter of hidden_size spares little.
+_TALLEST_WITH_TRAINED_HEAD = 4
+_TALL_ENOUGH = 4
 
 
 class Chunk:
@@ -185,8 +186,10 @@ def chunked_loss(
     hidden = student.hidden.flatten(0, -2).index_select(0, keep)
     vocabulary = student.head.weight.shape[0]
     kind = hidden.device.type
-    taller = _TALLER_WITH_TRAINED_HEAD if torch.is_grad_enabled() and student.head.weight.requires_grad else 1
-    numbers = _CHUNK_NUMBERS.get(kind, _CHUNK_NUMBERS_GPU) * taller
+    tokens = max(1, _CHUNK_NUMBERS.get(kind, _CHUNK_NUMBERS_GPU) // vocabulary)
+    taller = 1
+    if torch.is_grad_enabled() and student.head.weight.requires_grad:
+        taller = min(_TALLEST_WITH_TRAINED_HEAD, -(-hidden.shape[1] // (_TALL_ENOUGH * tokens)))
     work = _Work(
         terms=tuple(terms),
         scale=student.head.scale,
@@ -194,7 +197,7 @@ def chunked_loss(
         teacher=_kept(teacher, keep) if isinstance(teacher, Prediction) else None,
         top_k=_kept_top_k(teacher, keep) if isinstance(teacher, TopKPrediction) else None,
         targets=None if targets is None else targets.flatten().index_select(0, keep),
-        tokens_per_chunk=tokens_per_chunk or max(1, numbers // vocabulary),
+        tokens_per_chunk=tokens_per_chunk or tokens * taller,
         slab_width=vocabulary_per_chunk or _SLAB_WIDTH.get(kind, _SLAB_WIDTH_GPU) // taller,
     )
     weight, bias = student.head.weight, student.head.bias
