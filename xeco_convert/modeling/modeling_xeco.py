@@ -357,7 +357,8 @@ def _kernel_obstacle(device_type: str, dtype: torch.dtype, asked: str | None) ->
     if asked not in (None, "fused"):
         return f"XECO_ATTENTION={asked}"
     if fused is not None:
-        return (fused.kernel_obstacle if asked else fused.unasked_obstacle)(device_type, dtype)
+        obstacle: str | None = (fused.kernel_obstacle if asked else fused.unasked_obstacle)(device_type, dtype)
+        return obstacle
     # Marked on torch: every checkpoint brings a copy of this file, and the warning is for the process.
     if device_type == "cpu" and not getattr(torch, "_xeco_convert_warned", False):
         torch._xeco_convert_warned = True  # type: ignore[attr-defined]
