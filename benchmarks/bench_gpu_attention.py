@@ -27,7 +27,7 @@ from gpu_attention_peers import (
     flex,
     fused,
 )
-from gpu_facts import gpu_facts, smi
+from gpu_facts import gpu_facts, refuse_without_kernels, smi
 from reporting import format_table, machine_facts, write_json
 from torch import Tensor
 
@@ -73,13 +73,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--repeats", type=int, default=30, help="timed runs of each")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU")
-    from xeco_convert.ops.extension import kernel_obstacle
-
-    obstacle = kernel_obstacle("cuda", torch.bfloat16)
-    if obstacle:
-        parser.error(f"{obstacle}: XECO_BUILD_DEVICE=1 python setup.py build_ext --inplace")
+    refuse_without_kernels(parser)
     clock = Clock(arguments.repeats)
     results: dict[str, Any] = {"machine": machine_facts() | gpu_facts(), "cases": [], "failures": []}
     results["ceilings"] = ceilings(clock)

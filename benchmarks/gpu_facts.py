@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 from typing import Any
 
 import torch
+
+from xeco_convert.ops.extension import kernel_obstacle
+
+
+def refuse_without_kernels(parser: argparse.ArgumentParser) -> None:
+    """End with exit code 2 and a sentence where there is no GPU, or no kernels for it."""
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU")
+    obstacle = kernel_obstacle("cuda", torch.bfloat16)
+    if obstacle:
+        parser.error(f"{obstacle}: XECO_BUILD_DEVICE=1 python setup.py build_ext --inplace")
 
 
 def gpu_facts() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_facts import gpu_facts
+from gpu_facts import gpu_facts, refuse_without_kernels
 from random_checkpoint import SHAPES
 from reporting import format_table, machine_facts, write_json
 from torch import Tensor
@@ -168,13 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU")
-    from xeco_convert.ops.extension import kernel_obstacle
-
-    obstacle = kernel_obstacle("cuda", torch.bfloat16)
-    if obstacle:
-        parser.error(f"{obstacle}: XECO_BUILD_DEVICE=1 python setup.py build_ext --inplace")
+    refuse_without_kernels(parser)
     case = GenerateCase(shape=SHAPES["llama-3.1-8b"])
     machine = machine_facts() | gpu_facts()
     row = compare(case, case.layers_that_fit(torch.cuda.get_device_properties(0).total_memory), "cuda")

@@ -275,7 +275,7 @@ class _RotaryTables:
 
 def _return_freed_memory() -> None:
     """Give freed pages back to the system, where the C library can: it keeps them, and between what lives on they would add
-    up with the depth of the model (glibc: 10 MB a layer of SmolLM-135M)."""
+    up with the depth of the model (benchmarks/bench_calibrated.py --part memory)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

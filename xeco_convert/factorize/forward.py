@@ -123,7 +123,7 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
 
 
 def _kernel_ranges(c_kv: Tensor, k_rope: Tensor, context: AttentionContext) -> Ranges | None:
-    """The context's mask as the compiled kernels take it, where they serve this call; they are several times faster here."""
+    """The context's mask as the compiled kernels take it, where they serve this call."""
     if context.logit_softcap is not None or not 0 < k_rope.shape[-1] <= MAX_ROPE or c_kv.shape[-1] > MAX_RANK:
         return None
     if kernel_obstacle(c_kv.device.type, c_kv.dtype) is not None:

@@ -18,8 +18,9 @@ Implementation = Literal["fused", "absorbed", "expanded", "reference"]
 
 # What XECO_ATTENTION may name; sdpa leaves the choice between absorbed and expanded.
 NAMES = ("reference", "fused", "sdpa")
-# Operations per second relative to scaled_dot_product_attention. benchmarks/bench_attention.py found 2.0 (float32, Zen 4) to
-# 6.3 (bfloat16, Zen 5) in the forward pass, 1.9 to 4.0 in training: about the least of them is taken, which never loses.
+# Operations per second relative to scaled_dot_product_attention, from the ratios of `bench_attention.py cases`: 2.0 (float32,
+# Zen 4) to 6.3 (bfloat16, Zen 5) in the forward pass, 1.9 to 4.2 in training. About the least of them is taken: rather one
+# call too few for the kernels than one too many.
 FUSED_SPEED = 2.0
 FUSED_TRAINING_SPEED = 2.0
 MAX_RANK, MAX_ROPE = 512, 128  # of the compiled kernels
