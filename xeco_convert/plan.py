@@ -201,7 +201,8 @@ def _check_budget(plan: ConversionPlan) -> None:
     raise OptionError(
         f"{flag}: expected at least {smallest / total:.1%} ({smallest} numbers per token, "
         f"{smallest * DTYPE_BYTES[plan.dtype]} bytes) for {len(plan.converted_layers)} converted layers in steps of "
-        f"{plan.rank_multiple}, found {budget + kept} ({(budget + kept) / total:.1%}); allow more, or lower --rank-multiple."
+        f"{plan.rank_multiple}, found {(budget + kept) / total:.1%} ({budget + kept} numbers); allow more, or lower "
+        "--rank-multiple."
     )
 
 
