@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.cache_utils import Cache
 
 from .configuration_xeco import MlaLayer, family_config_class, source_class
 
@@ -110,7 +111,6 @@ class LatentSelfAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -119,15 +119,15 @@ class LatentSelfAttention(nn.Module):
         attention_mask: [B, 1, Q, T], boolean or additive; or None, as transformers calls it: one query sees every cached
         token, several are the first ones and see each other causally. Weights are given by the eager implementation alone.
         """
-        if past_key_values is None:
-            past_key_values = kwargs.get("layer_past")  # GPT-NeoX's name for it
+        # by what it is: releases of transformers and families call it past_key_values, cache or layer_past
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         cos, sin = self._rotation(hidden_states, position_embeddings, position_ids)
         q_nope, q_rope = self._queries(hidden_states)
         c_kv, k_rope = self._latents(hidden_states)
         q_rope = _rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))
         k_rope = _rotate(k_rope, cos, sin)
-        if past_key_values is not None:
-            cached, rotated = past_key_values.update(c_kv.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        if cache is not None:
+            cached, rotated = cache.update(c_kv.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             c_kv, k_rope = cached.squeeze(1), rotated.squeeze(1)
         if attention_mask is None and c_kv.shape[1] > hidden_states.shape[1] > 1:
             # transformers leaves the mask out for the prefill of an empty static cache: the slots behind it are still unused
