@@ -118,19 +118,18 @@ def convert_command(
         raise OptionError("OUT is missing: give the folder to write, as in `xeco-convert IN OUT --rank 128`.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
-    plan = _make_plan(source, output, options)
-    if dry_run:
-        _write_json(json_file, plan_summary(plan))
+    with _warnings(quiet):
+        plan = _make_plan(source, output, options)
         if not quiet:
-            _show_plan(plan, on_stdout=True)
-        return
-    assert output is not None
-    if not quiet:
-        _show_plan(plan, on_stdout=False)
-    from xeco_convert.conversion import convert
+            _show_plan(plan, on_stdout=dry_run)
+        if dry_run:
+            _write_json(json_file, plan_summary(plan))
+            return
+        assert output is not None
+        from xeco_convert.conversion import convert
 
-    with _warnings(quiet), _progress(quiet) as on_progress:
-        report = convert(source, output, options, on_progress=on_progress)
+        with _progress(quiet) as on_progress:
+            report = convert(source, output, options, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
         _show_report(report)
@@ -384,14 +383,18 @@ def _widths_in_words(plan: ConversionPlan, shape: MlaShape) -> str:
 @contextmanager
 def _warnings(quiet: bool) -> Iterator[None]:
     """Our own warnings as sentences on stderr, behind the progress bar; those of libraries as always."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", XecoWarning)
-        yield
-    for item in caught:
-        if not issubclass(item.category, XecoWarning):
-            warnings.showwarning(item.message, item.category, item.filename, item.lineno)
-        elif not quiet:
-            click.echo(f"warning: {item.message}", err=True)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", XecoWarning)
+            yield
+    finally:
+        for item in caught:
+            if not issubclass(item.category, XecoWarning):
+                warnings.showwarning(item.message, item.category, item.filename, item.lineno)
+        own = dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, XecoWarning))
+        for sentence in own if not quiet else ():  # each once: the plan is made for showing and for doing
+            click.echo(f"warning: {sentence}", err=True)
 
 
 @contextmanager
@@ -432,6 +435,8 @@ def _show_report(report: ConversionReport) -> None:
         rows.append(row + ([layer.exactness_error, layer.output_error] if verified else []))
     _print_table(columns + (["exactness error", "output error"] if verified else []), rows)
     click.echo(f"KV cache: {report.kv_bytes_before} -> {report.kv_bytes_after} bytes per token ({report.kv_share:.1%})")
+    if report.path_error is not None:
+        click.echo(f"path to the logits, attention set aside: differs by {format_cell(report.path_error)} of their deviation")
     change = report.parameters_after / report.parameters_before - 1
     click.echo(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({change:+.1%})")
     click.echo(

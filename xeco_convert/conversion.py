@@ -27,9 +27,10 @@ from xeco_convert.modeling import MlaLayer, code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, auto_map
 from xeco_convert.options import ConvertOptions, parse_size
 from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
+from xeco_convert.pretrained import without_empty_settings
 from xeco_convert.report import ConversionReport, LayerReport
 from xeco_convert.report_page import report_page
-from xeco_convert.verify import LayerChecker, sampled_layers
+from xeco_convert.verify import LayerChecker, check_path_to_logits, sampled_layers
 
 FORMAT_VERSION = 1
 REPORT_FILE = "xeco_report.json"
@@ -102,8 +103,13 @@ class _Conversion:
                     assert shape is not None
                     checks[layer.layer] = checker.check(layer.layer, layer.source, layer.factors, shape)
             self._copy_rest(writer)
+            self._write_companions(writer)
             report = self._report(headers, initialisation.summary()).with_checks(checks)
-            self._write_companions(writer, report)
+            if options.verify:
+                self._on_progress("verifying", 1.0)
+                writer.flush()
+                report = dataclasses.replace(report, path_error=check_path_to_logits(self._plan, writer.folder))
+            self._write_report(writer, report)
         return report
 
     def _layer_progress(self, what: str, share: float) -> None:
@@ -152,7 +158,6 @@ class _Conversion:
     def _report(self, headers: list[TensorHeader], summary: dict[str, Any]) -> ConversionReport:
         plan = self._plan
         layers = (self._layer_reports.get(item.layer) or self._layer_report(item.layer, None) for item in plan.layers)
-        before = [header for name, header in plan.index.headers.items() if name not in plan.dropped]
         return ConversionReport(
             source="",
             output="",
@@ -161,20 +166,24 @@ class _Conversion:
             dtype=plan.dtype,
             layers=tuple(layers),
             kv_bytes_per_number=DTYPE_BYTES[plan.dtype],
-            parameters_before=num_parameters(before),
+            parameters_before=num_parameters(list(plan.index.headers.values())),
             parameters_after=num_parameters(headers),
             dropped=plan.dropped,
             summary=summary,
         )
 
-    def _write_companions(self, writer: CheckpointWriter, report: ConversionReport) -> None:
-        """Everything beside the weights: configuration, code, tokenizer and licences of the source, report, model card."""
+    def _write_companions(self, writer: CheckpointWriter) -> None:
+        """What the weights are loaded with: configuration, code, tokenizer and licences of the source."""
         index = self._plan.index
         for relative in index.companion_files():
             writer.copy_file(index.folder / relative, relative)
         for name, file in code_files().items():
             writer.copy_file(file, Path(name))
         writer.write_text("config.json", json.dumps(output_config(self._plan), indent=2) + "\n")
+
+    def _write_report(self, writer: CheckpointWriter, report: ConversionReport) -> None:
+        """What was done: report, page, model card."""
+        index = self._plan.index
         writer.write_text(REPORT_FILE, json.dumps(report.reproducible(), indent=2) + "\n")
         named = dataclasses.replace(report, source=index.hub_id or index.folder.name)
         writer.write_text(PAGE_FILE, report_page(named))
@@ -184,7 +193,8 @@ class _Conversion:
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
     """config.json of the output: the source's own, with an honest model_type and the widths of every layer."""
     prefix, index, options = plan.family.class_prefix, plan.index, plan.options
-    config = {key: value for key, value in index.config.items() if key != "_name_or_path"}
+    config = without_empty_settings(index.config)
+    config.pop("_name_or_path", None)
     if options.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = options.dtype

@@ -5,6 +5,9 @@ The exit code says who has to act: 2 means that the command line must change, 1 
 
 from __future__ import annotations
 
+_LONGEST_REASON = 300
+_TERSE = 60
+
 
 class XecoError(Exception):
     """Base of all errors that xeco-convert and xeco-distill raise on purpose; `str(error)` is the sentence."""
@@ -36,3 +39,11 @@ class OutputError(XecoError):
 
 class VerificationError(XecoError):
     """A converted layer that does not reproduce its source where it must."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's exception says, on one line and not too long, for the brackets of a sentence."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, KeyError | AttributeError | TypeError | AssertionError) and len(text) < _TERSE:
+        text = f"{type(error).__name__}: {text}"  # "'metadata'" alone would say nothing
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"

@@ -12,6 +12,7 @@ from xeco_convert.errors import CheckpointError
 from xeco_convert.families import supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MlaLayer
 from xeco_convert.options import DTYPES
+from xeco_convert.pretrained import read_config
 
 _BYTES_OF_DTYPE = dict(zip(DTYPES, (DTYPE_BYTES["F32"], DTYPE_BYTES["BF16"], DTYPE_BYTES["F16"]), strict=True))
 
@@ -29,9 +30,10 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
         )
-    width = family.geometry(config).cache_width
+    values = read_config(config, Path(folder) / "config.json").to_dict()
+    width = family.geometry(values).cache_width
     kept = [
-        0 if entry is None and family.layer_kind(config, number).window is not None else width
+        0 if entry is None and family.window(values, number) is not None else width
         for number, entry in enumerate(entries)
     ]
     report = _report(Path(folder))

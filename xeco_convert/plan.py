@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
-from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.errors import OptionError
 from xeco_convert.factorize.shapes import MlaShape
-from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
+from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind
 from xeco_convert.families.spec import FUSED, PROJECTIONS
 from xeco_convert.options import ConvertOptions, parse_layers, parse_share
 from xeco_convert.ranks.budget import Widths, default_multiple, rope_step
+from xeco_convert.source import SourceModel, open_source
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOATING = tuple(_DTYPE_NAMES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,24 @@ class ConversionPlan:
     """What a conversion will do. `ranks_are_final` is False while a policy still has to look at the spectra: the ranks
     given are upper bounds then."""
 
-    index: CheckpointIndex
-    family: FamilySpec
-    geometry: AttentionGeometry
+    source: SourceModel
     options: ConvertOptions
     layers: tuple[LayerPlan, ...]
     copied: tuple[TensorHeader, ...]
     dropped: tuple[str, ...]
     ranks_are_final: bool
+
+    @property
+    def index(self) -> CheckpointIndex:
+        return self.source.index
+
+    @property
+    def family(self) -> FamilySpec:
+        return self.source.family
+
+    @property
+    def geometry(self) -> AttentionGeometry:
+        return self.source.geometry
 
     @property
     def converted_layers(self) -> tuple[int, ...]:
@@ -140,22 +150,12 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
 
     Raises `UnsupportedModelError`, `CheckpointError` or `OptionError`; reads no weight.
     """
-    family = family_for(index.config)
-    family.check_config(index.config)
-    geometry = family.geometry(index.config)
-    if geometry.num_hidden_layers > len(
-        index.headers
-    ):  # before anything is made for each layer: the number may be absurd
-        raise CheckpointError(
-            f"config.json: num_hidden_layers is {geometry.num_hidden_layers}, but the weights hold {len(index.headers)} tensors; "
-            "the two do not belong together."
-        )
-    kinds = tuple(family.layer_kind(index.config, layer) for layer in range(geometry.num_hidden_layers))
+    source = open_source(index)
+    index, family, geometry, kinds = source.index, source.family, source.geometry, source.kinds
     chosen = _chosen_layers(options, geometry, kinds)
-    dropped = _check_tensors(index, family)
     biases = _biases(index, family, options)
     if options.portable:
-        _check_portable(index, family, biases, chosen, geometry)
+        _check_portable(source, biases, chosen)
     if options.init == "paper":
         _check_paper(family, geometry, kinds)
     converted = {
@@ -164,23 +164,21 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
         for name in family.attention.values()
         for part in ("weight", "bias")
     }
-    headers = (header for name, header in index.headers.items() if name not in converted and name not in dropped)
+    headers = (header for name, header in index.headers.items() if name not in converted)
     copied = tuple(_stored_as(header, options) for header in headers)
     plan = ConversionPlan(
-        index=index,
-        family=family,
-        geometry=geometry,
+        source=source,
         options=options,
         layers=tuple(
             LayerPlan(
                 layer=layer,
-                shape=_layer_shape(options, geometry, biases, family, index, kind) if layer in chosen else None,
+                shape=_layer_shape(options, biases, source, kind) if layer in chosen else None,
                 kind=kind,
             )
             for layer, kind in enumerate(kinds)
         ),
         copied=copied,
-        dropped=dropped,
+        dropped=source.names.ignored,
         ranks_are_final=options.energy is None and not options.has_budget,
     )
     _check_budget(plan)
@@ -225,16 +223,11 @@ def _chosen_layers(options: ConvertOptions, geometry: AttentionGeometry, kinds: 
     return chosen
 
 
-def _check_portable(
-    index: CheckpointIndex,
-    family: FamilySpec,
-    biases: tuple[str, ...],
-    chosen: Sequence[int],
-    geometry: AttentionGeometry,
-) -> None:
+def _check_portable(source: SourceModel, biases: tuple[str, ...], chosen: Sequence[int]) -> None:
     """Refuse what a stock DeepSeek model could not hold, before anything is computed."""
-    reason = family.not_portable_because(index.config, biases)
-    if reason is None and len(chosen) < geometry.num_hidden_layers:
+    family = source.family
+    reason = family.not_portable_because(source.values, biases)
+    if reason is None and len(chosen) < source.geometry.num_hidden_layers:
         reason = "some of its layers are to keep their attention, and a stock model has none but MLA"
     if reason is not None:
         raise OptionError(f"--portable: a {family.model_type} model cannot become DeepSeek-V3: {reason}; leave it out.")
@@ -254,14 +247,10 @@ def _check_paper(family: FamilySpec, geometry: AttentionGeometry, kinds: Sequenc
 
 
 def _layer_shape(
-    options: ConvertOptions,
-    geometry: AttentionGeometry,
-    biases: tuple[str, ...],
-    family: FamilySpec,
-    index: CheckpointIndex,
-    kind: LayerKind,
+    options: ConvertOptions, biases: tuple[str, ...], source: SourceModel, kind: LayerKind
 ) -> MlaShape:
     """Widths of a converted layer; the rank is an upper bound where a policy chooses it."""
+    geometry = source.geometry
     dim, calibrated = geometry.head_dim, options.init == "calibrated"
     full_rank = min(geometry.cache_width, geometry.hidden_size)
     rotary_dim = kind.rotary_dim or dim  # a NoPE layer takes part in no check of the rotary width
@@ -287,22 +276,17 @@ def _layer_shape(
         latent_norm=options.has_latent_norm,
         rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
-        q_norm=_query_norm(index, family, geometry),
-        logit_softcap=_logit_softcap(index, family),
+        q_norm=_query_norm(source),
+        logit_softcap=source.logit_softcap,
     )
 
 
-def _query_norm(index: CheckpointIndex, family: FamilySpec, geometry: AttentionGeometry) -> str | None:
+def _query_norm(source: SourceModel) -> str | None:
     """How the source normalises queries, told by the width of the norm's weight."""
-    if "q_norm" not in family.attention:
+    if "q_norm" not in source.family.attention:
         return None
-    width = index.headers[f"{family.attention['q_norm'].format(layer=0)}.weight"].shape[0]
-    return "head" if width == geometry.head_dim else "all"
-
-
-def _logit_softcap(index: CheckpointIndex, family: FamilySpec) -> float | None:
-    value = family.completed(index.config).get(family.attention_softcap) if family.attention_softcap else None
-    return None if not value else float(value)
+    width = source.index.headers[f"{source.family.attention['q_norm'].format(layer=0)}.weight"].shape[0]
+    return "head" if width == source.geometry.head_dim else "all"
 
 
 def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:
@@ -321,40 +305,6 @@ def _biases(index: CheckpointIndex, family: FamilySpec, options: ConvertOptions)
     # the calibrated latent carries the biases of keys and values itself; the published one adds them after expansion
     key_value = () if not present["k_proj"] else ("kv_a",) if options.init == "calibrated" else ("kv_a", "kv_b")
     return (("q",) if present["q_proj"] else ()) + key_value + (("o",) if present["o_proj"] else ())
-
-
-def _check_tensors(index: CheckpointIndex, family: FamilySpec) -> tuple[str, ...]:
-    """Compare headers with what the configuration calls for; the tensors that are left out of the output."""
-    expected = family.expected_tensors(index.config)
-    tied = bool(family.completed(index.config).get("tie_word_embeddings"))
-    dropped = []
-    for name, header in index.headers.items():
-        if name in expected:
-            _check_header(header, expected[name], index)
-        elif family.is_ignored(name) or (tied and name == family.output_head):
-            dropped.append(name)
-        else:
-            raise CheckpointError(
-                f"{index.files[name]}: {name} is no tensor of a {family.model_type} model with this config.json; "
-                "converting it unread could change the model. Check that config.json belongs to these weights."
-            )
-    for name, shape in expected.items():
-        if name not in index.headers:
-            raise CheckpointError(f"{index.folder}: {name} {list(shape)} is missing; download the checkpoint again.")
-    return tuple(dropped)
-
-
-def _check_header(header: TensorHeader, shape: tuple[int, ...], index: CheckpointIndex) -> None:
-    where = f"{index.files[header.name]}: {header.name}"
-    if header.shape != shape:
-        raise CheckpointError(
-            f"{where} has the shape {list(header.shape)}, expected {list(shape)} from config.json; "
-            "the two do not belong together."
-        )
-    if header.dtype not in _FLOATING:
-        raise CheckpointError(
-            f"{where} has the dtype {header.dtype}, expected {', '.join(_FLOATING)}; save a dequantised copy first."
-        )
 
 
 def _stored_as(header: TensorHeader, options: ConvertOptions) -> TensorHeader:

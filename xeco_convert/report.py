@@ -29,7 +29,9 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The whole conversion. `summary`: calibration text and step-0 quality, where the initialisation has them.
+    """The whole conversion. `summary`: calibration text and step-0 quality, where the initialisation has them. `path_error`:
+    largest difference of logits, relative to their standard deviation, once the converted layers put out what the source's do
+    (--verify): everything but their attention.
 
     Seconds and memory are left out of the file in OUT, which is the same for the same input."""
 
@@ -44,6 +46,7 @@ class ConversionReport:
     parameters_after: int
     dropped: tuple[str, ...]
     summary: dict[str, Any] = field(default_factory=dict)
+    path_error: float | None = None
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 

@@ -2,28 +2,35 @@
 
 Exactness: the source written as MLA without any approximation must give the source's output; it finds faults of layout,
 sign, scale, bias and rotary frequencies for this very model. Output error: how far the converted layer is from the source
-on random normalised inputs, which says something about the initialisation.
+on random normalised inputs, which says something about the initialisation. Path to the logits: both models as transformers
+loads them, on a few tokens, the converted layers made to put out what the source's did; the logits must be the same.
 """
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xeco_convert.calibration.stream import source_config
+from xeco_convert.calibration.sampling import available_memory_bytes
 from xeco_convert.checkpoint import TensorReader
-from xeco_convert.errors import VerificationError
+from xeco_convert.errors import VerificationError, XecoWarning
 from xeco_convert.factorize import MlaAttention, MlaShape, SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
 from xeco_convert.modeling import MlaLayer
 from xeco_convert.modeling.modeling_xeco import LatentSelfAttention
-from xeco_convert.plan import ConversionPlan
+from xeco_convert.plan import ConversionPlan, num_parameters
+from xeco_convert.pretrained import load_causal_lm
 
 # Float32 through two orders of summation: 4e-7 to 3e-6 was observed over the families and rotary types of the tests.
 EXACTNESS_TOLERANCE = 1e-4
 _NUM_TOKENS = 48
+_PATH_TOKENS = 12
+# Of the logits' standard deviation. The same numbers go through the same operations, unless --dtype rounded the weights.
+PATH_TOLERANCES = {"F32": 1e-4, "BF16": 0.25, "F16": 0.03}
 
 
 def sampled_layers(converted: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,7 +45,7 @@ class LayerChecker:
 
     def __init__(self, plan: ConversionPlan) -> None:
         self._plan = plan
-        self._config = source_config(plan)
+        self._config = plan.source.runnable_config()
         with torch.device("meta"):
             from transformers import AutoModel
 
@@ -104,3 +111,53 @@ class LayerChecker:
         module = LatentSelfAttention(self._config, original, widths, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})
         return module
+
+
+@torch.no_grad()
+def check_path_to_logits(plan: ConversionPlan, folder: Path) -> float | None:
+    """Largest difference of logits, relative to their standard deviation, between the source and the converted checkpoint in
+    `folder` with the outputs of its converted attention replaced by the source's: embeddings, norms, MLPs, kept layers and
+    head, each as transformers loads them. One model at a time is in memory, in float32.
+
+    None, with a warning, where the machine's free memory does not hold it. Raises `VerificationError` beyond rounding.
+    """
+    needed = 4 * num_parameters(plan.output_headers())
+    if needed * 1.2 > available_memory_bytes():
+        warnings.warn(
+            f"--verify: the path to the logits was not checked, since the whole model needs {needed / 1e9:.0f} GB in float32, "
+            "more than is free; the layers were.",
+            XecoWarning,
+            stacklevel=2,
+        )
+        return None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, plan.source.values["vocab_size"], (1, _PATH_TOKENS), generator=generator)
+    outputs: dict[int, Tensor] = {}
+    expected = _logits(plan, plan.index.folder, ids, outputs, replace=False)
+    found = _logits(plan, folder, ids, outputs, replace=True)
+    error = float((found - expected).abs().max() / expected.std())
+    tolerance = PATH_TOLERANCES["F32" if plan.options.dtype is None else plan.dtype]
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the converted checkpoint, its attention set aside, differs from the source: logits by {error:.1e} of their "
+            f"standard deviation, expected at most {tolerance:.0e}; a tensor outside the attention is not what transformers loads "
+            "from the source. Please report it with config.json."
+        )
+    return error
+
+
+def _logits(plan: ConversionPlan, folder: Path, ids: Tensor, outputs: dict[int, Tensor], *, replace: bool) -> Tensor:
+    """Logits [1, T, V] of a model; outputs of the attention of converted layers are kept in `outputs`, or taken from there."""
+    attention = plan.source.runnable_config()._attn_implementation
+    model = load_causal_lm(folder, torch.float32, attn_implementation=attention).eval()
+    for layer in plan.converted_layers:
+
+        def hook(_module: nn.Module, _inputs: Any, result: tuple[Tensor, Any], layer: int = layer) -> Any:
+            if replace:
+                return (outputs[layer], *result[1:])
+            outputs[layer] = result[0]
+            return None
+
+        getattr(model.get_decoder().layers[layer], plan.family.module).register_forward_hook(hook)
+    logits: Tensor = model(ids, use_cache=False).logits.float()
+    return logits

@@ -58,23 +58,30 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         )
         for method in ("fp8", "gptq", "awq")
     },
-    "unknown attention": (
-        {"attn_logit_softcapping": 30.0},
-        ("attn_logit_softcapping = 30.0 is no field of a llama model",),
-    ),
     "vision-language": (
         {"model_type": "llava", "text_config": {"model_type": "llama"}},
         ("'llava' wraps a text model ('llama', which is a supported family)", "save_pretrained"),
     ),
     "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("'bert' is no decoder of text alone",)),
     "odd quantisation": ({"quantization_config": ["awq"]}, ("quantised",)),
-    "rotary type": ({"rope_parameters": {"rope_type": "longrope"}}, ("rotary type 'longrope'", "yarn")),
-    "rotary settings": ({"rope_parameters": [1]}, ("rope_parameters must be an object, found list",)),
-    "partial rotary": ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor 0.5", "expected 1")),
+    "rotary type": ({"rope_parameters": {"rope_type": "unheard of"}}, ("rotary type 'unheard of'", "yarn")),
+    "rotary type without its factors": (
+        {"rope_parameters": {"rope_type": "longrope"}},
+        ("transformers", "Missing required keys", "long_factor"),
+    ),
+    "rotary settings": ({"rope_parameters": [1]}, ("rope_parameters", "value [1]")),
+    "partial rotary": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        ("rotates whole heads of 8 rows, found settings that rotate 4", "remove partial_rotary_factor"),
+    ),
+    "layers of another model": ({"layer_types": ["full_attention"] * 7}, ("`layer_types` (7)",)),
+    "half a position": ({"max_position_embeddings": 512.5}, ("'max_position_embeddings' expected int",)),
+    "no cache": ({"use_cache": None}, ("'use_cache' expected bool",)),
+    "activation": ({"hidden_act": "no such function"}, ("cannot build the model", "no such function")),
     "heads and groups": ({"num_key_value_heads": 3}, ("multiple of num_key_value_heads, found 4 and 3",)),
-    "odd head": ({"head_dim": 7}, ("even head_dim, found 7",)),
-    "no heads": ({"num_attention_heads": None}, ("num_attention_heads, found None",)),
-    "text for a number": ({"hidden_size": "32"}, ("positive whole number for hidden_size, found '32'",)),
+    "odd head": ({"head_dim": 7}, ("config.json", "7")),
+    "no heads": ({"num_attention_heads": None}, ("'num_attention_heads' expected int, got NoneType",)),
+    "text for a number": ({"hidden_size": "32"}, ("'hidden_size' expected int, got str (value: '32')",)),
     "more layers": ({"num_hidden_layers": 4}, ("model.layers.3.", "is missing", "download")),
     "fewer layers": ({"num_hidden_layers": 2}, (WEIGHTS, "model.layers.2.", "no tensor of a llama model")),
     "far more layers": (

@@ -23,7 +23,8 @@ from xeco_convert.checkpoint import TensorReader
 from xeco_convert.checkpoint.writer import CheckpointWriter
 from xeco_convert.cli import main
 from xeco_convert.errors import CheckpointError
-from xeco_convert.families import family_for
+from xeco_convert.pretrained import read_config
+from xeco_convert.source import build_skeleton
 
 Refuse = Callable[..., Any]
 PAPER = ("--init", "paper", "--rank", "12")
@@ -48,7 +49,8 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = source_config("llama", **sizes, intermediate_size=8)
     generator = torch.Generator().manual_seed(0)
-    shapes = family_for(config).expected_tensors(config)
+    state = build_skeleton(read_config(config)).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     write_json(folder / "config.json", config)
     write_weights(folder, {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()})
     return folder

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
-from xeco_convert.families import family_for
+from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.report import ConversionReport
+from xeco_convert.source import open_source
 
 FAMILIES = [variant for variant in VARIANTS if not variant.startswith(("llama", "mistral", "qwen2"))]
 LAYERS = {"layers": "0-2"}
@@ -119,9 +120,8 @@ def test_a_converted_model_survives_saving_and_learns(
 def test_full_width_is_the_source_where_keys_are_linear(variant: str, tmp_path: Path) -> None:
     """32 hidden rows: the latent holds whatever the input holds, and every rotary row has its slot."""
     source = build_checkpoint(tmp_path / "source", variant, tokenizer=True)
-    config = json.loads((source / "config.json").read_text())
-    spec = family_for(config)
-    geometry, kind = spec.geometry(config), spec.layer_kind(config, 0)
+    model = open_source(CheckpointIndex.open(source))
+    geometry, kind = model.geometry, model.kinds[0]
     rank = min(geometry.cache_width, geometry.hidden_size)
     rope = geometry.num_key_value_heads * kind.rotary_dim
     convert(source, tmp_path / "out", rank=rank, rope_dim=rope)

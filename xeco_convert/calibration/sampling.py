@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.errors import CheckpointError
+from xeco_convert.pretrained import load_causal_lm
 
 _BATCH_ROWS = 32
 
@@ -23,11 +22,8 @@ def sample_windows(
 
     Loads the whole model, so it is refused (`CheckpointError`) where the machine's free memory does not hold it.
     """
-    from transformers import AutoModelForCausalLM
-
     _check_memory(folder, weights_bytes, device)
-    with _no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = load_causal_lm(folder, "auto").to(device).eval()
     rows = max(1, -(-num_tokens // length))
     ids, counts = sample_rows(model, rows, length, seed)
     return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
@@ -53,20 +49,6 @@ def sample_rows(
     return ids, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers' own bars would run into the command's."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
     """Token ids [rows, length]. A sequence that ends goes on with the next one, as packed training text does."""
     from transformers import GenerationConfig
@@ -88,11 +70,11 @@ def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
 
 
 def _start_token(config: Any) -> int:
-    """The token that texts begin with: bos, else eos (which separates them), else 0."""
-    for token in (config.bos_token_id, config.eos_token_id):
-        if isinstance(token, list) and token:
-            return int(token[0])
-        if isinstance(token, int):
+    """The token that texts begin with: bos, else eos (which separates them), else 0. Ids that a trimmed vocabulary does not
+    have any more count as none."""
+    for given in (config.bos_token_id, config.eos_token_id):
+        token = given[0] if isinstance(given, list) and given else given
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
             return token
     return 0
 

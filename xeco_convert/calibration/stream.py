@@ -7,13 +7,10 @@ batch of windows takes.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -148,7 +145,7 @@ class SourceStream:
         self._windows = windows
         self._device = device
         self._reader = TensorReader(plan.index)
-        self._config = source_config(plan)
+        self._config = plan.source.runnable_config()
         with torch.device("meta"):
             from transformers import AutoModel
 
@@ -170,8 +167,8 @@ class SourceStream:
                 mask=self._mask(number),
                 position_embeddings=self._tables.of_layer(number),
                 family=family,
-                norm_eps=family.norm_eps(self._plan.index.config),
-                logit_softcap=attention_softcap(self._plan),
+                norm_eps=self._plan.source.norm_eps,
+                logit_softcap=self._plan.source.logit_softcap,
             )
             yield view
             with torch.no_grad():  # in place: the states before the layer are not needed again
@@ -185,16 +182,12 @@ class SourceStream:
         plan, family = self._plan, self._plan.family
         name = family.final_norm.removesuffix(".").rpartition(".")[2]
         norm = self._loaded(getattr(self._skeleton, name), family.final_norm)
-        tied = family.output_head not in plan.index.headers or family.output_head in plan.dropped
-        weight = self._reader.read(
-            family.embedding if tied else family.output_head, dtype=torch.float32, device=self._device
-        )
-        values = family.completed(plan.index.config)
+        values = plan.source.values
         softcap = values.get(family.logits_softcap)
         return OutputHead(
             norm=norm,
-            weight=weight,
-            divisor=float(values.get(family.logits_divisor) or 1.0),
+            weight=self._read(plan.source.parameter_or_tied(family.output_head)),
+            divisor=family.logits_scale(values),
             softcap=None if softcap is None else float(softcap),
         )
 
@@ -203,7 +196,7 @@ class SourceStream:
         wanted, places = self._windows.ids.unique(return_inverse=True)
         rows = torch.zeros(wanted.numel(), self._plan.geometry.hidden_size)
         start = 0
-        for chunk in self._reader.read_chunks(self._plan.family.embedding):
+        for chunk in self._reader.read_chunks(self._plan.source.stored_name(self._plan.family.embedding)):
             inside = (wanted >= start) & (wanted < start + chunk.shape[0])
             rows[inside] = chunk[wanted[inside] - start].float()
             start += chunk.shape[0]
@@ -214,7 +207,7 @@ class SourceStream:
         rule = self._plan.family.embedding_scale
         if rule == "sqrt(hidden_size)":
             return math.sqrt(self._plan.geometry.hidden_size)
-        return float(self._plan.family.completed(self._plan.index.config).get(rule) or 1.0)
+        return float(self._plan.source.values.get(rule) or 1.0)
 
     def _loaded(self, skeleton: nn.Module, prefix: str) -> nn.Module:
         """A layer of the skeleton with its weights, float32."""
@@ -223,15 +216,9 @@ class SourceStream:
         return module.eval().requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
-        """A tensor under the name that the transformers class gives it, float32: experts are stored one by one."""
-        if name in self._plan.index.headers:
-            return self._reader.read(name, dtype=torch.float32, device=self._device)
-        parts = self._plan.family.expert_parts(name, self._plan.index.config)
-        experts = [[self._reader.read(part, dtype=torch.float32, device=self._device) for part in one] for one in parts]
-        return (
-            torch.stack([torch.cat(one) for one in experts])
-            if len(experts) > 1 or len(experts[0]) > 1
-            else experts[0][0]
+        """A parameter of the transformers class, float32."""
+        return self._plan.source.read_parameter(
+            name, lambda stored: self._reader.read(stored, dtype=torch.float32, device=self._device)
         )
 
     def _mask(self, layer: int) -> Tensor:
@@ -281,12 +268,6 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def attention_softcap(plan: ConversionPlan) -> float | None:
-    """The bound of the source's scores, if they have one."""
-    value = plan.family.completed(plan.index.config).get(plan.family.attention_softcap)
-    return None if not value else float(value)
-
-
 def sliding_window(config: Any, layer: int) -> int | None:
     """Tokens that a query of this layer sees, itself included; None where it sees all."""
     window: int | None = getattr(config, "sliding_window", None)
@@ -294,16 +275,3 @@ def sliding_window(config: Any, layer: int) -> int | None:
     if types is not None and types[layer] != "sliding_attention":
         return None
     return window
-
-
-def source_config(plan: ConversionPlan) -> Any:
-    """The source's configuration as transformers reads it, for float32."""
-    from transformers import AutoConfig
-
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(plan.index.config)), encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder)
-    # transformers' fused attention leaves the cap out without a word
-    config._attn_implementation = "sdpa" if attention_softcap(plan) is None else "eager"
-    config.dtype = torch.float32
-    return config

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ DTYPE_BYTES = {
 }
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Everything beside the weights that a user of the model needs, copied as it is.
@@ -29,7 +31,7 @@ _COMPANION_PATTERNS = (
     *("chat_template*", "additional_chat_templates/*", "generation_config.json", "preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 )
-_HUB_PATTERNS = (*_COMPANION_PATTERNS, "config.json", "*.safetensors", INDEX_FILE, "README.md")
+_HUB_PATTERNS = (*_COMPANION_PATTERNS, "config.json", "*.safetensors", INDEX_FILE, "README.md", ADAPTER_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,10 @@ class TensorHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointIndex:
-    """A source checkpoint: folder, configuration, the header of every tensor and the file that holds it."""
+    """A source checkpoint: folder, contents of config.json, the header of every tensor and the file that holds it.
+
+    `stored_names`: the name that the file has for a tensor, where it is kept under another one here.
+    """
 
     folder: Path
     hub_id: str | None
@@ -55,16 +60,18 @@ class CheckpointIndex:
     config: Mapping[str, Any]
     headers: Mapping[str, TensorHeader]
     files: Mapping[str, Path]
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> CheckpointIndex:
         """Index a local folder or a hub id (taken from huggingface_hub's cache, downloaded where it may be).
 
         Raises `CheckpointError` with the fault: no such folder or repository, no or broken config.json, pickled weights,
-        a damaged or missing weight file, an index that names a file outside the folder or a tensor that is not there.
+        a damaged or missing weight file, an index that names a file outside the folder or a tensor that is not there, an
+        adapter beside the weights.
         """
         folder, hub_id, commit = _locate(source, revision)
-        config = read_json(folder / "config.json")
+        config = _read_config(folder)
         headers: dict[str, TensorHeader] = {}
         files: dict[str, Path] = {}
         weight_map = _weight_map(folder)
@@ -128,6 +135,17 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None,
             "check the path, or the id and your login."
         ) from None
     return snapshot, name, snapshot.name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model alone: an adapter beside it would be part of what transformers loads, and of nothing that is read
+    from the weights."""
+    if os.path.isfile(folder / ADAPTER_FILE):  # False as well where the folder may not be looked into
+        raise CheckpointError(
+            f"{folder}: found {ADAPTER_FILE}, which transformers loads as a PEFT adapter on top of the weights; expected a model "
+            "alone. Merge it first (PeftModel.merge_and_unload, then save_pretrained to a new folder), or move it elsewhere."
+        )
+    return read_json(folder / "config.json")
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

@@ -39,10 +39,10 @@ class TensorReader:
             yield self._read_rows(name, start, min(rows, start + step), whole=step >= rows)
 
     def _read_rows(self, name: str, start: int, stop: int, *, whole: bool) -> torch.Tensor:
-        file = self._index.files[name]
+        file, stored = self._index.files[name], self._index.stored_names.get(name, name)
         try:
             with safe_open(file, framework="pt") as handle:
-                chunk: torch.Tensor = handle.get_tensor(name).clone() if whole else handle.get_slice(name)[start:stop]
+                chunk: torch.Tensor = handle.get_tensor(stored).clone() if whole else handle.get_slice(stored)[start:stop]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} could not be read ({error}); download the file again.") from None
         if not all_finite(chunk):

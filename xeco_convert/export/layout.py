@@ -6,7 +6,7 @@ Letters: H heads, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,15 @@ class RotarySlots:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportLayout:
-    """What export needs to know before it reads a weight. `norm_eps`: of the latent norm in the target's forward."""
+    """What export needs to know before it reads a weight. `config`: fields as transformers resolved them; `norm_eps`: of the
+    latent norm in the target's forward; `fused_mlp`: gate and up projections are one tensor; `head_is_embedding`: no output
+    head is stored, so that it is the embedding."""
 
     family: FamilySpec
     geometry: AttentionGeometry
     config: Mapping[str, Any]
+    fused_mlp: bool
+    head_is_embedding: bool
     layers: tuple[MlaLayer, ...]
     heads: HeadWidths
     rank: int
@@ -63,8 +67,13 @@ class ExportLayout:
         return tuple(range(widths.qk_rope_head_dim // 2)) if widths.rope_index is None else widths.rope_index
 
 
-def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target) -> ExportLayout:
-    """Check a converted config.json against a target. Raises `UnsupportedModelError` with what would come out wrong."""
+def make_layout(
+    config: Mapping[str, Any], family: FamilySpec, target: Target, stored: Collection[str]
+) -> ExportLayout:
+    """Check a converted configuration, as transformers resolved it, against a target; `stored`: names of the tensors.
+
+    Raises `UnsupportedModelError` with what would come out wrong.
+    """
     layers = _mla_layers(config)
     _check_attention(config, family, layers)
     geometry = family.geometry(config)
@@ -84,6 +93,8 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target) -
         family=family,
         geometry=geometry,
         config=config,
+        fused_mlp=f"{family.layers.format(layer=0)}mlp.gate_up_proj.weight" in stored,
+        head_is_embedding=family.output_head not in stored,
         layers=layers,
         heads=heads,
         rank=target.padded_rank(max(layer.kv_lora_rank for layer in layers)),
@@ -144,7 +155,7 @@ def _widened(
     """The same grid with more slots: theta'^(-2j/P') has to be theta^(-2·stride·j/D), D the width that theta is over."""
     fresh = next((layer.qk_rope_head_dim for layer in layers if layer.rope_index is None), None)
     width = fresh or family.rotary_width(config)
-    theta = float(rope_parameters(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = float(rope_parameters(config)["rope_theta"])
     stock = theta ** (rotary.stride * 2 * slots / width)
     whole = rotary.stride == 1 and 2 * slots == width
     return RotarySlots(stride=rotary.stride, slots=slots, rope_theta=theta if whole else stock, whole=whole)
@@ -152,7 +163,7 @@ def _widened(
 
 def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
     """config.json of a dense DeepSeek-V3: every layer below first_k_dense_replace, no shared or routed expert in use."""
-    source, values = layout.config, layout.family.completed(layout.config)
+    values = layout.config
     kept: tuple[str, ...] = (
         "vocab_size",
         "hidden_size",
@@ -162,13 +173,9 @@ def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
         "rms_norm_eps",
     )
     kept += ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
-    settings = {key: value for key, value in rope_parameters(source).items() if key != "partial_rotary_factor"}
-    kind = settings.pop("type", None)
-    settings = {
-        **settings,
-        "rope_type": settings.get("rope_type", kind or "default"),
-        "rope_theta": layout.rotary.rope_theta,
-    }
+    settings = {key: value for key, value in rope_parameters(values).items() if key != "partial_rotary_factor"}
+    settings.pop("type", None)
+    settings = {**settings, "rope_theta": layout.rotary.rope_theta}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

@@ -24,6 +24,7 @@ from xeco_convert.export.tensors import stock_headers, stock_tensors
 from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import parse_size
+from xeco_convert.pretrained import load_causal_lm, read_config
 
 FORMATS = ("deepseek-v3",)
 REPORT_FILE = "xeco_export.json"
@@ -87,10 +88,12 @@ def export_checkpoint(
     progress = on_progress or (lambda what, share: None)
     index = CheckpointIndex.open(converted)
     check_output(Path(output), index.folder, overwrite=options.overwrite)
-    layout = make_layout(index.config, _family(index), TARGETS[options.target])
+    family = _family(index)
+    values = read_config(index.config, index.folder / "config.json").to_dict()
+    layout = make_layout(values, family, TARGETS[options.target], index.headers)
     dtype = _stored_dtype(index, layout)
     progress("latent norms", 0.0)
-    model = _load(index.folder)
+    model = load_causal_lm(index.folder, torch.float32).eval()
     weights_bytes = sum(header.num_bytes for header in index.headers.values())
     step = with_latent_norms(model, index.folder, weights_bytes=weights_bytes, seed=options.seed)
     state = _replaced(step.model) if step.fidelity is not None else {}
@@ -128,14 +131,6 @@ def _stored_dtype(index: CheckpointIndex, layout: ExportLayout) -> str:
     if name not in index.headers:
         raise CheckpointError(f"{index.folder}: {name} is missing; the weights do not belong to this config.json.")
     return index.headers[name].dtype
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    import xeco_convert  # noqa: F401  registers the converted families
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _replaced(model: Any) -> dict[str, torch.Tensor]:

@@ -64,7 +64,7 @@ class Target:
         """Refuse rotary settings that the engine would read as something else. `whole`: every source frequency has its slot,
         in order, so that even scalings that look at all frequencies together come out alike."""
         settings = rope_parameters(config)
-        kind = settings.get("rope_type", settings.get("type", "default"))
+        kind = settings.get("rope_type", "default")
         if kind not in self.rope_types:
             raise UnsupportedModelError(
                 f"--target {self.name}: rotary type {kind!r} would not come out as in the source ({self.rope_reason}); "

@@ -19,7 +19,7 @@ Read = Callable[[str], Tensor]
 
 def stock_headers(layout: ExportLayout, dtype: str) -> list[TensorHeader]:
     """Every tensor of the exported checkpoint, in the order of the layers."""
-    values = layout.family.completed(layout.config)
+    values = layout.config
     hidden, inner, heads = values["hidden_size"], values["intermediate_size"], layout.geometry.num_attention_heads
     widths, rank = layout.heads, layout.rank
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (values["vocab_size"], hidden)}
@@ -45,16 +45,13 @@ def stock_tensors(
     layout: ExportLayout, read: Read, norm_weight: Callable[[int], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors by name, one layer in memory at a time, in float32. `norm_weight(layer)`: of the latent norm [R]."""
-    values = layout.family.completed(layout.config)
+    values = layout.config
     family = layout.family
     residual = float(values.get(family.residual_scale) or 1.0)
     embedding = read(family.embedding)
     yield "model.embed_tokens.weight", embedding * float(values.get(family.embedding_scale) or 1.0)
-    tied = bool(values.get("tie_word_embeddings"))
-    yield (
-        "lm_head.weight",
-        (embedding if tied else read(family.output_head)) / float(values.get(family.logits_divisor) or 1.0),
-    )
+    head = embedding if layout.head_is_embedding else read(family.output_head)
+    yield "lm_head.weight", head / family.logits_scale(values)
     del embedding
     for layer in range(layout.geometry.num_hidden_layers):
         source = family.layers.format(layer=layer)
@@ -69,7 +66,7 @@ def stock_tensors(
 
 
 def _mlp(layout: ExportLayout, read: Read, source: str, residual: float) -> Iterator[tuple[str, Tensor]]:
-    if f"{layout.family.layers}mlp.gate_up_proj.weight" in layout.family.tensors:  # Phi: one matrix, gate first
+    if layout.fused_mlp:  # Phi: one matrix, gate first
         gate, up = read(f"{source}mlp.gate_up_proj.weight").chunk(2)
     else:
         gate, up = read(f"{source}mlp.gate_proj.weight"), read(f"{source}mlp.up_proj.weight")

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from xeco_convert.calibration.stream import attention_softcap
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.attention import LayerErrors
@@ -84,14 +83,13 @@ def read_attention(plan: ConversionPlan, reader: TensorReader, layer: int, devic
             for name, tensor in weights.items()
         }
     input_norm = read(family.input_norm.format(layer=layer)) if family.input_norm else None
-    eps = plan.family.norm_eps(plan.index.config)
     return SourceAttention(
         **weights,  # type: ignore[arg-type]
         input_norm_weight=(
             torch.ones(geometry.hidden_size, device=device) if input_norm is None else input_norm + family.norm_offset
         ),
-        norm_eps=eps,
-        logit_softcap=attention_softcap(plan),
+        norm_eps=plan.source.norm_eps,
+        logit_softcap=plan.source.logit_softcap,
         num_attention_heads=geometry.num_attention_heads,
         num_key_value_heads=geometry.num_key_value_heads,
         head_dim=geometry.head_dim,

@@ -363,7 +363,7 @@ def _held_out_from(num_windows: int) -> int:
 def _calibration_windows(plan: ConversionPlan, device: torch.device) -> CalibrationWindows:
     """The windows that the options ask for, and some more for measuring."""
     options = plan.options
-    longest = plan.index.config.get("max_position_embeddings")
+    longest = plan.source.values.get("max_position_embeddings")
     length = min(_WINDOW_TOKENS, longest) if isinstance(longest, int) else _WINDOW_TOKENS
     num_tokens = max(options.calibration_tokens, LEAST_TOKENS) + _MEASURED_WINDOWS * length
     if options.calibration is not None:

@@ -1,0 +1,93 @@
+"""What transformers makes of a checkpoint's files: its configuration and its model. What it refuses is one sentence here.
+
+The one place that calls transformers' loaders for configurations and causal language models, so that a source means the same
+to the plan, to calibration, to export and to healing, and so that no traceback of theirs reaches a user.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_json
+from xeco_convert.errors import CheckpointError, reason_of
+
+
+def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> Any:
+    """transformers' configuration object of the contents of a config.json; `where` names the file in errors.
+
+    Raises `CheckpointError` where transformers does not take it. An empty quantization_config, which dequantising tools
+    leave behind, counts as none.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    with TemporaryDirectory(prefix="xeco-config-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(without_empty_settings(raw)), encoding="utf-8")
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # validators and constructors of many classes: they raise what they like
+            raise CheckpointError(
+                f"{where}: transformers {transformers.__version__} does not take these settings ({reason_of(error)}); take "
+                "config.json from the model's own folder, or correct the field."
+            ) from None
+
+
+def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the settings that say nothing: a quantization_config that is null or empty."""
+    return {name: value for name, value in raw.items() if name != "quantization_config" or value not in (None, {})}
+
+
+def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
+    """A causal language model of transformers from a local folder, on the CPU, without its progress bars.
+
+    `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Raises `CheckpointError` in one sentence.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import xeco_convert  # noqa: F401  registers the converted families
+
+    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    try:
+        with _no_progress_bars(), _loadable(folder) as whole:
+            return AutoModelForCausalLM.from_pretrained(
+                whole, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
+            )
+    except Exception as error:  # of transformers, safetensors, torch
+        raise CheckpointError(f"{folder}: the model could not be loaded ({reason_of(error)}).") from None
+
+
+@contextmanager
+def _loadable(folder: Path) -> Iterator[Path]:
+    """The folder, or links to its files with a whole index where the index leaves out its metadata, which transformers reads."""
+    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        yield folder
+        return
+    index = read_json(folder / INDEX_FILE)
+    if isinstance(index.get("metadata"), dict):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="xeco-index-") as linked:
+        for file in folder.iterdir():
+            if file.name != INDEX_FILE:
+                (Path(linked) / file.name).symlink_to(file)
+        (Path(linked) / INDEX_FILE).write_text(json.dumps({**index, "metadata": {}}), encoding="utf-8")
+        yield Path(linked)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers' own bars would run into the command's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,275 @@
+"""A source checkpoint as transformers reads it: configuration, class, how each layer attends, what each tensor is called.
+
+Nothing here is decided by rules of our own: the configuration object, the parameters of the class (built without memory), the
+tables of its rotary embedding, and which stored tensor becomes which parameter are transformers'. No weight is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of
+from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
+from xeco_convert.families.spec import refuse_quantised
+from xeco_convert.pretrained import read_config
+from xeco_convert.tensor_names import TensorNames, resolve_names
+
+ReadTensor = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """A source, bound once: files, family, transformers' configuration and class.
+
+    `index` has the names under which transformers looks for tensors (files that leave out the base model's prefix get it);
+    `values` are the fields of the configuration as transformers resolved them; `skeleton` is the whole model on torch's
+    meta device; `names` says which stored tensors make up a parameter.
+    """
+
+    index: CheckpointIndex
+    family: FamilySpec
+    config: Any
+    values: Mapping[str, Any]
+    geometry: AttentionGeometry
+    kinds: tuple[LayerKind, ...]
+    skeleton: Any
+    names: TensorNames
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its head, on the meta device."""
+        return self.skeleton.get_decoder()
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The bound of the scores, if they have one."""
+        value = self.values.get(self.family.attention_softcap)
+        return None if not value else float(value)
+
+    @property
+    def norm_eps(self) -> float:
+        """The eps of the norms."""
+        return self.family.norm_eps(self.values)
+
+    def parameter_or_tied(self, name: str) -> str:
+        """The parameter itself where it is stored, else the one that it is tied to: transformers ties the missing one of a pair,
+        whichever it is, and keeps both where both are stored and differ."""
+        if name in self.names.parameters:
+            return name
+        return next(other for pair in self.names.tied.items() for other in pair if name in pair and other != name)
+
+    def stored_name(self, name: str) -> str:
+        """Name in the index of the one tensor that a parameter, or what it is tied to, is stored as."""
+        return self.names.parameters[self.parameter_or_tied(name)].stored[0][1]
+
+    def runnable_config(self) -> Any:
+        """The configuration for running layers in float32, with an implementation of attention that computes all of it."""
+        config = deepcopy(self.config)
+        # transformers' fused attention leaves the cap out without a word
+        config._attn_implementation = "sdpa" if self.logit_softcap is None else "eager"
+        config.dtype = torch.float32
+        return config
+
+    def read_parameter(self, name: str, read: ReadTensor) -> Tensor:
+        """The parameter `name` of transformers' class; `read(stored name)` gives tensors of the files. Experts that are
+        stored one by one are put together as transformers does it."""
+        parts = self.names.parameters[name]
+        if parts.converter is None:
+            return read(parts.stored[0][1])
+        return _assembled(name, parts.converter, parts.stored, read, self.skeleton)
+
+
+def open_source(index: CheckpointIndex) -> SourceModel:
+    """Bind a checkpoint to the family and to transformers' class of its config.json.
+
+    Raises `UnsupportedModelError` for models that are not converted, and `CheckpointError` where transformers does not take
+    the configuration, or the files do not hold what its class needs.
+    """
+    family = family_for(index.config)
+    refuse_quantised(index.config)
+    config = read_config(index.config)
+    values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    geometry = family.geometry(values)
+    if geometry.num_hidden_layers > len(index.headers):  # before anything is made for each layer: it may be absurd
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {geometry.num_hidden_layers}, but the weights hold {len(index.headers)} "
+            "tensors; the two do not belong together."
+        )
+    family.check_config(values)
+    skeleton = build_skeleton(config)
+    kinds = _layer_kinds(family, values, config, skeleton, geometry)
+    names = resolve_names(index, skeleton)
+    source = SourceModel(
+        index=replace(index, headers=names.headers, files=names.files, stored_names=names.stored_names),
+        family=family,
+        config=config,
+        values=values,
+        geometry=geometry,
+        kinds=kinds,
+        skeleton=skeleton,
+        names=names,
+    )
+    _check_parameters(source)
+    _warn_of_fields_without_effect(index.config, config)
+    return source
+
+
+def build_skeleton(config: Any) -> Any:
+    """transformers' causal language model of a configuration, on the meta device. Raises `CheckpointError`."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:  # constructors of many classes, given any numbers
+        raise CheckpointError(
+            f"config.json: transformers cannot build the model that it describes ({reason_of(error)}); take config.json from "
+            "the model's own folder."
+        ) from None
+
+
+def rotary_embedding(config: Any, skeleton: Any) -> nn.Module:
+    """The rotary embedding of a model's class, on the CPU. Raises `CheckpointError` for settings that it does not take."""
+    try:
+        return type(skeleton.get_decoder().rotary_emb)(config=config)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: transformers cannot rotate by these rope_parameters ({reason_of(error)}); take config.json from the "
+            "model's own folder."
+        ) from None
+
+
+def _layer_kinds(
+    family: FamilySpec, values: Mapping[str, Any], config: Any, skeleton: Any, geometry: AttentionGeometry
+) -> tuple[LayerKind, ...]:
+    """How each layer attends; how wide it rotates is read from the tables of transformers' rotary embedding."""
+    rotary, widths = rotary_embedding(config, skeleton), {}
+    for kind in dict.fromkeys(values["layer_types"]) if family.rope_of_layer_type else (None,):
+        try:
+            cos, _ = rotary(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), *([] if kind is None else [kind]))
+        except Exception as error:
+            raise CheckpointError(
+                f"config.json: transformers cannot rotate by these rope_parameters ({reason_of(error)}); take config.json "
+                "from the model's own folder."
+            ) from None
+        if not bool(cos.isfinite().all()):
+            raise CheckpointError("config.json: rope_parameters give angles that are not finite; correct rope_theta.")
+        widths[kind] = cos.shape[-1]
+    for width in widths.values():
+        if width != geometry.head_dim and (not family.partial_rotary or width > geometry.head_dim):
+            raise UnsupportedModelError(
+                f"config.json: {family.model_type} rotates whole heads of {geometry.head_dim} rows, found settings that "
+                f"rotate {width}; remove partial_rotary_factor if the model does not use it."
+            )
+    types = values["layer_types"] if family.rope_of_layer_type else [None] * geometry.num_hidden_layers
+    return tuple(family.layer_kind(values, layer, widths[kind]) for layer, kind in enumerate(types))
+
+
+def _assembled(
+    name: str, converter: Any, stored: tuple[tuple[str, str], ...], read: ReadTensor, skeleton: Any
+) -> Tensor:
+    """A parameter that several stored tensors make up, by transformers' own operations."""
+    own = deepcopy(converter)
+    for pattern, one in stored:
+        own.add_tensor(name, one, pattern, read(one))
+    made = own.convert(name, model=skeleton, config=skeleton.config)[name]
+    return made[0] if isinstance(made, list) else made
+
+
+def _check_parameters(source: SourceModel) -> None:
+    """Every parameter of the class must be there, in its shape. Raises `CheckpointError`."""
+    state, names, index = source.skeleton.state_dict(), source.names, source.index
+    for name, parameter in state.items():
+        if name not in names.parameters:
+            if names.is_tied(name):
+                continue
+            raise CheckpointError(
+                f"{index.folder}: {name} {list(parameter.shape)} is missing; download the checkpoint again."
+            )
+        _check_shape(source, name, tuple(parameter.shape))
+    geometry, module = source.geometry, source.family.module
+    attention = getattr(source.decoder.layers[0], module)
+    if "q_proj" in source.family.attention:
+        found = [getattr(attention, which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
+        heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+        expected = [count * geometry.head_dim for count in (heads, groups, groups)]
+        if found != expected:
+            raise UnsupportedModelError(
+                f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
+                f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
+            )
+
+
+def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None:
+    parts, headers = source.names.parameters[name], source.index.headers
+    for _, stored in parts.stored:
+        _check_dtype(source.index, stored)
+    if parts.converter is None:
+        stored = parts.stored[0][1]
+        found = headers[stored].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{source.index.files[stored]}: {stored} has the shape {list(found)}, expected {list(shape)} from "
+                "config.json; the two do not belong together."
+            )
+        return
+    first = parts.stored[0][1]
+    where = f"{source.index.files[first]}: {first} and its like ({len(parts.stored)} tensors)"
+    try:
+        with torch.device("meta"):
+            made = source.read_parameter(name, lambda one: torch.empty(headers[one].shape))
+    except Exception as error:  # operations of transformers on tensors that do not fit each other
+        raise CheckpointError(
+            f"{where} cannot be put together to {name} {list(shape)} ({reason_of(error)}); the weights do not belong to this "
+            "config.json, or some are missing."
+        ) from None
+    if tuple(made.shape) != shape:
+        raise CheckpointError(
+            f"{where} make up {name} in the shape {list(made.shape)}, expected {list(shape)} from config.json; some are "
+            "missing, or the two do not belong together."
+        )
+
+
+_FLOATING = ("F32", "BF16", "F16")
+
+
+def _check_dtype(index: CheckpointIndex, name: str) -> None:
+    if index.headers[name].dtype not in _FLOATING:
+        raise CheckpointError(
+            f"{index.files[name]}: {name} has the dtype {index.headers[name].dtype}, expected {', '.join(_FLOATING)}; save a "
+            "dequantised copy first."
+        )
+
+
+def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any) -> None:
+    """Fields whose names speak of attention and that transformers' class does not know: it computes without them, and so does
+    the conversion; the user should know, in case these weights belong to another architecture."""
+    known = type(config)().to_dict().keys() | set(getattr(config, "attribute_map", {}))
+    for name, value in raw.items():
+        if name in known or value in (None, False, 0, [], {}, "") or not _speaks_of_attention(name):
+            continue
+        warnings.warn(
+            f"config.json: {name} = {value!r} is no field of transformers' {type(config).__name__}, which computes without it; "
+            "so does the conversion.",
+            XecoWarning,
+            stacklevel=2,
+        )
+
+
+def _speaks_of_attention(name: str) -> bool:
+    return any(word in name for word in _ATTENTION_WORDS) and name not in _READ_BY_TRANSFORMERS
+
+
+_ATTENTION_WORDS = ("attn", "attention", "rotary", "alibi", "qk_", "qkv", "softcap", "position_embedding", "sink", "clip_", "logn")
+# Fields that transformers reads although they are none of the class: old spellings, and choices of implementation.
+_READ_BY_TRANSFORMERS = frozenset(
+    ("rotary_pct", "rotary_emb_base", "partial_rotary_factor", "attn_implementation", "_attn_implementation")
+)
