@@ -112,7 +112,9 @@ def test_tables_of_rotary_modules_are_left_out(variant: str, tmp_path: Path) -> 
     assert_read_as_transformers_does(folder)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.rotary_embedding.weight", "model.layers.7.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.rotary_embedding.weight", "model.layers.7.mlp.up_proj.weight"]
+)
 def test_other_tensors_without_a_place_are_refused(name: str, tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "source")
     write_weights(folder, {**load_file(folder / "model.safetensors"), name: torch.ones(4)})
@@ -132,7 +134,7 @@ def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
 def test_a_missing_expert_is_named_with_its_parameter(variant: str, tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "source", variant)
     tensors = load_file(folder / "model.safetensors")
-    lost = next(name for name in tensors if ".2.experts.1." in name or ".layers.2." in name and ".experts.1." in name)
+    lost = next(name for name in tensors if ".2.experts.1." in name or (".layers.2." in name and ".experts.1." in name))
     write_weights(folder, {name: tensor for name, tensor in tensors.items() if name != lost})
     with pytest.raises(CheckpointError, match=r"model.layers.2.mlp.experts.*some are\s+missing"):
         open_source(CheckpointIndex.open(folder))

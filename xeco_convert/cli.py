@@ -436,7 +436,9 @@ def _show_report(report: ConversionReport) -> None:
     _print_table(columns + (["exactness error", "output error"] if verified else []), rows)
     click.echo(f"KV cache: {report.kv_bytes_before} -> {report.kv_bytes_after} bytes per token ({report.kv_share:.1%})")
     if report.path_error is not None:
-        click.echo(f"path to the logits, attention set aside: differs by {format_cell(report.path_error)} of their deviation")
+        click.echo(
+            f"path to the logits, attention set aside: differs by {format_cell(report.path_error)} of their deviation"
+        )
     change = report.parameters_after / report.parameters_before - 1
     click.echo(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({change:+.1%})")
     click.echo(

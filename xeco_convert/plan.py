@@ -246,9 +246,7 @@ def _check_paper(family: FamilySpec, geometry: AttentionGeometry, kinds: Sequenc
         )
 
 
-def _layer_shape(
-    options: ConvertOptions, biases: tuple[str, ...], source: SourceModel, kind: LayerKind
-) -> MlaShape:
+def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: SourceModel, kind: LayerKind) -> MlaShape:
     """Widths of a converted layer; the rank is an upper bound where a policy chooses it."""
     geometry = source.geometry
     dim, calibrated = geometry.head_dim, options.init == "calibrated"

@@ -154,7 +154,9 @@ def _layer_kinds(
     rotary, widths = rotary_embedding(config, skeleton), {}
     for kind in dict.fromkeys(values["layer_types"]) if family.rope_of_layer_type else (None,):
         try:
-            cos, _ = rotary(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), *([] if kind is None else [kind]))
+            cos, _ = rotary(
+                torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), *([] if kind is None else [kind])
+            )
         except Exception as error:
             raise CheckpointError(
                 f"config.json: transformers cannot rotate by these rope_parameters ({reason_of(error)}); take config.json "
@@ -181,7 +183,8 @@ def _assembled(
     for pattern, one in stored:
         own.add_tensor(name, one, pattern, read(one))
     made = own.convert(name, model=skeleton, config=skeleton.config)[name]
-    return made[0] if isinstance(made, list) else made
+    whole: Tensor = made[0] if isinstance(made, list) else made
+    return whole
 
 
 def _check_parameters(source: SourceModel) -> None:
@@ -268,7 +271,18 @@ def _speaks_of_attention(name: str) -> bool:
     return any(word in name for word in _ATTENTION_WORDS) and name not in _READ_BY_TRANSFORMERS
 
 
-_ATTENTION_WORDS = ("attn", "attention", "rotary", "alibi", "qk_", "qkv", "softcap", "position_embedding", "sink", "clip_", "logn")
+_ATTENTION_WORDS = (
+    "attn",
+    "attention",
+    "rotary",
+    "alibi",
+    "qk_",
+    "qkv",
+    "softcap",
+    "position_embedding",
+    "sink",
+    "clip_",
+)
 # Fields that transformers reads although they are none of the class: old spellings, and choices of implementation.
 _READ_BY_TRANSFORMERS = frozenset(
     ("rotary_pct", "rotary_emb_base", "partial_rotary_factor", "attn_implementation", "_attn_implementation")

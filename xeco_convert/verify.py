@@ -140,8 +140,8 @@ def check_path_to_logits(plan: ConversionPlan, folder: Path) -> float | None:
     if not error <= tolerance:
         raise VerificationError(
             f"the converted checkpoint, its attention set aside, differs from the source: logits by {error:.1e} of their "
-            f"standard deviation, expected at most {tolerance:.0e}; a tensor outside the attention is not what transformers loads "
-            "from the source. Please report it with config.json."
+            f"standard deviation, expected at most {tolerance:.0e}; a tensor outside the attention is not what transformers "
+            "loads from the source. Please report it with config.json."
         )
     return error
 

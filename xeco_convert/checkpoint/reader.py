@@ -42,7 +42,9 @@ class TensorReader:
         file, stored = self._index.files[name], self._index.stored_names.get(name, name)
         try:
             with safe_open(file, framework="pt") as handle:
-                chunk: torch.Tensor = handle.get_tensor(stored).clone() if whole else handle.get_slice(stored)[start:stop]
+                chunk: torch.Tensor = (
+                    handle.get_tensor(stored).clone() if whole else handle.get_slice(stored)[start:stop]
+                )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} could not be read ({error}); download the file again.") from None
         if not all_finite(chunk):

@@ -67,9 +67,7 @@ class ExportLayout:
         return tuple(range(widths.qk_rope_head_dim // 2)) if widths.rope_index is None else widths.rope_index
 
 
-def make_layout(
-    config: Mapping[str, Any], family: FamilySpec, target: Target, stored: Collection[str]
-) -> ExportLayout:
+def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target, stored: Collection[str]) -> ExportLayout:
     """Check a converted configuration, as transformers resolved it, against a target; `stored`: names of the tensors.
 
     Raises `UnsupportedModelError` with what would come out wrong.

@@ -122,9 +122,7 @@ class FamilySpec:
 
     def geometry(self, values: Mapping[str, Any]) -> AttentionGeometry:
         """Numbers of the attention. Raises `CheckpointError` for fields that are missing or do not fit each other."""
-        numbers = {
-            name: _integer(values, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        }
+        numbers = {name: _integer(values, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
         heads = numbers["num_attention_heads"]
         for name, otherwise in (("num_key_value_heads", heads), ("head_dim", numbers["hidden_size"] // heads)):
             numbers[name] = otherwise if values.get(name) is None else _integer(values, name)
