@@ -45,7 +45,7 @@ ORDERS = {
         "import xeco_convert",
         LOAD,
     ),
-    "healing": ("import xeco_distill", "from transformers import LlamaForCausalLM", LOAD),
+    "healing": ("import xeco_distill.cli", "from transformers import LlamaForCausalLM", LOAD),
     "the classes themselves": (
         "from xeco_convert.modeling.modeling_xeco import XecoLlamaForCausalLM",
         "from transformers import LlamaForCausalLM",

@@ -41,12 +41,12 @@ def demo_command(output: Path, kv_size: str) -> None:
 
     logging.disable_progress_bar()
     prompt = _prompt()
+    check_generation(output, prompt)
+    click.echo("\nconverted: the same text with the cache as without it, and in a batch with left padding as alone")
     for title, folder in (("source", MODEL_FOLDER), ("converted", output)):
         text, measured_bytes, num_tokens = generate(folder, prompt)
         click.echo(f"\n{title}: {text}")
         click.echo(f"{title}: {measured_bytes} bytes in the KV cache after {num_tokens} tokens")
-    check_generation(output, prompt)
-    click.echo("\nconverted: the same text with the cache as without it, and in a batch with left padding as alone")
 
 
 def generate(folder: Path, prompt: str) -> tuple[str, int, int]:
