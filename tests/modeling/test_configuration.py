@@ -1,11 +1,13 @@
 """The configuration of converted models: honest, complete, and strict about what it reads."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from xeco_convert.families import supported_model_types
 from xeco_convert.modeling import MlaLayer, family_config_class, family_model_class
 from xeco_convert.modeling.configuration_xeco import auto_map
 
@@ -62,6 +64,16 @@ def test_each_family_has_its_own_model_type_and_classes(prefix: str, model_type:
     assert family_model_class(prefix, "ForCausalLM").config_class is config_class
     assert type(AutoConfig.for_model(model_type)) is config_class
     assert config_class().auto_map == auto_map(prefix)
+
+
+@pytest.mark.parametrize("kind", ["ForCausalLM", "Model"])
+@pytest.mark.parametrize("prefix", [spec.class_prefix for spec in supported_model_types().values()])
+def test_no_annotation_of_an_initialiser_is_a_string(prefix: str, kind: str) -> None:
+    """Tools check arguments against them with isinstance (vLLM's support_torch_compile, for one)."""
+    signature = inspect.signature(family_model_class(prefix, kind).__init__)
+    assert list(signature.parameters) == ["self", "config"]
+    annotations = [parameter.annotation for parameter in signature.parameters.values()]
+    assert not any(isinstance(annotation, str) for annotation in [*annotations, signature.return_annotation])
 
 
 def test_a_converted_configuration_never_says_llama(converted: Path) -> None:

@@ -12,7 +12,10 @@ import torch
 from builders import random_ids, save_exact_checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-CODE_FILES = {"configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py", "xeco_choice.py"}
+CODE_FILES = {
+    *("configuration_xeco.py", "modeling_xeco.py", "arguments_xeco.py"),
+    *("xeco_latent_attention.py", "xeco_choice.py"),
+}
 # Runs where xeco_convert cannot be imported: loads argv[1], writes its logits to argv[2] and a copy of it to argv[3].
 REMOTE = """
 import sys

@@ -100,6 +100,18 @@ def test_weights_come_from_the_reference() -> None:
         choose(given, "sdpa")
 
 
+@pytest.mark.parametrize(("queries", "tokens"), SIZES)
+@pytest.mark.parametrize("obstacle", [None, "no kernel"])
+def test_soft_capped_layers_choose_as_others_but_never_sdpa(queries: int, tokens: int, obstacle: str | None) -> None:
+    plain = call(queries, tokens, kernel_obstacle=obstacle)
+    capped = call(queries, tokens, kernel_obstacle=obstacle, soft_capped=True)
+    assert choose(capped) == choose(plain) and choose(capped, "reference") == choose(plain, "reference")
+    with pytest.raises(
+        AttentionChoiceError, match="XECO_ATTENTION=sdpa cannot serve this call: it does not bound scores"
+    ):
+        choose(capped, "sdpa")
+
+
 def test_a_weight_that_cannot_be_absorbed_is_expanded_through() -> None:
     given = call(1, 1000, weight_obstacle="kv_b_proj is wrapped")
     assert choose(given) == choose(given, "sdpa") == ("expanded", "kv_b_proj is wrapped")

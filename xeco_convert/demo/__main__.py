@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from xeco_convert.cli import convert_command
 from xeco_convert.command import run_command
 from xeco_convert.demo import MODEL_FOLDER
+from xeco_convert.errors import VerificationError
 
 _PROMPT_TOKENS = 12
 _NEW_TOKENS = 60
@@ -39,6 +41,8 @@ def demo_command(output: Path, kv_size: str) -> None:
 
     logging.disable_progress_bar()
     prompt = _prompt()
+    check_generation(output, prompt)
+    click.echo("\nconverted: the same text with the cache as without it, and in a batch with left padding as alone")
     for title, folder in (("source", MODEL_FOLDER), ("converted", output)):
         text, measured_bytes, num_tokens = generate(folder, prompt)
         click.echo(f"\n{title}: {text}")
@@ -57,10 +61,46 @@ def generate(folder: Path, prompt: str) -> tuple[str, int, int]:
         **inputs,
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,
-        past_key_values=cache,
         pad_token_id=tokenizer.pad_token_id,
+        **{_cache_argument(model): cache},
     )
     return tokenizer.decode(tokens[0], skip_special_tokens=True), cache_bytes(cache), cache.get_seq_length()
+
+
+def _cache_argument(model: Any) -> str:
+    """What this release of transformers calls the cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def check_generation(folder: Path, prompt: str) -> None:
+    """Raise `VerificationError` where greedy text of the model in `folder` depends on how it is run: with the cache or
+    without it, alone or behind left padding. In float32, where rounding does not decide between tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS, "do_sample": False}
+    settings["pad_token_id"] = tokenizer.pad_token_id
+    whole = tokenizer(prompt, return_tensors="pt").input_ids
+    short = whole[:, : whole.shape[1] // 2]
+    padding = torch.full((1, whole.shape[1] - short.shape[1]), tokenizer.pad_token_id)
+    batch = torch.cat([whole, torch.cat([padding, short], dim=1)])
+    mask = torch.cat([torch.ones_like(whole), torch.cat([torch.zeros_like(padding), torch.ones_like(short)], dim=1)])
+    expected = [model.generate(ids, use_cache=False, **settings)[0, ids.shape[1] :] for ids in (whole, short)]
+    ways = {
+        "with the cache": [
+            model.generate(ids, use_cache=True, **settings)[0, ids.shape[1] :] for ids in (whole, short)
+        ],
+        "in a batch with left padding": model.generate(batch, attention_mask=mask, **settings)[:, whole.shape[1] :],
+    }
+    for way, found in ways.items():
+        for tokens, wanted in zip(found, expected, strict=True):
+            if not torch.equal(tokens, wanted):
+                raise VerificationError(
+                    f"{folder}: expected the same greedy text {way} as without a cache, found {tokenizer.decode(tokens)!r} "
+                    f"in place of {tokenizer.decode(wanted)!r}: attention does not read what it cached."
+                )
 
 
 def cache_bytes(cache: Any) -> int:

@@ -17,7 +17,13 @@ import transformers
 
 MODEL_TYPE_PREFIX = "xeco_"
 # Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
-CODE_FILES = ("configuration_xeco.py", "modeling_xeco.py", "xeco_latent_attention.py", "xeco_choice.py")
+CODE_FILES = (
+    "configuration_xeco.py",
+    "modeling_xeco.py",
+    "arguments_xeco.py",
+    "xeco_latent_attention.py",
+    "xeco_choice.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,7 @@ def code_files() -> dict[str, Path]:
     ops = here.parent / "ops"
     if not ops.is_dir():
         return {}
-    files = (here / "configuration_xeco.py", here / "modeling_xeco.py", ops / "torch_attention.py", ops / "choice.py")
+    files = (*(here / name for name in CODE_FILES[:3]), ops / "torch_attention.py", ops / "choice.py")
     return dict(zip(CODE_FILES, files, strict=True))
 
 

@@ -11,28 +11,39 @@ R kv_lora_rank.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicCache, StaticCache
 
+from .arguments_xeco import cache_among
 from .configuration_xeco import MlaLayer, family_config_class, source_class
 
 fused: Any
 try:
     from xeco_convert.ops import fused
     from xeco_convert.ops.choice import AttentionCall, choose, explain, fused_obstacle
-    from xeco_convert.ops.torch_attention import absorbed_attention, reference_attention, reference_expanded_attention
+    from xeco_convert.ops.torch_attention import (
+        absorbed_attention,
+        common_dtype,
+        reference_attention,
+        reference_expanded_attention,
+        rotate,
+    )
 except ImportError:  # remote code on a machine without the package: the files written beside the weights
     from .xeco_choice import AttentionCall, choose, explain, fused_obstacle  # type: ignore[no-redef,assignment]
     from .xeco_latent_attention import (  # type: ignore[no-redef]
         absorbed_attention,
+        common_dtype,
         reference_attention,
         reference_expanded_attention,
+        rotate,
     )
 
     fused = None
@@ -48,9 +59,8 @@ class LatentSelfAttention(nn.Module):
     """
 
     def __init__(self, config: Any, source: nn.Module, layer: MlaLayer, rotary_class: type[nn.Module]) -> None:
-        nn.Module.__init__(
-            self
-        )  # not super(): the family's attention class follows, and must not build its projections
+        # not super(): the family's attention class follows, and must not build its projections
+        nn.Module.__init__(self)
         self.config = config
         self.layer_idx: int = source.layer_idx  # type: ignore[assignment]
         self.scaling: float = source.scaling  # type: ignore[assignment]
@@ -63,6 +73,8 @@ class LatentSelfAttention(nn.Module):
         self.v_head_dim = layer.v_head_dim
         self.logit_softcap = layer.logit_softcap
         self.rope_index = layer.rope_index
+        # the source's order, which differs between families, for arguments that come without a name
+        self._positional = tuple(inspect.signature(type(source).forward).parameters)[2:]
         self._build_projections(config, layer)
         self._build_rotation(config, rotary_class)
 
@@ -106,37 +118,43 @@ class LatentSelfAttention(nn.Module):
                 self._column_table = torch.tensor(self.rope_index * 2, dtype=torch.int64, device=device)
         return self._column_table
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *positional: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, Q, hidden] -> ([B, Q, hidden], attention weights [B, H, Q, T] or None).
 
-        attention_mask: [B, 1, Q, T], boolean or additive; or None, as transformers calls it: one query sees every cached
-        token, several are the first ones and see each other causally. Weights are given by the eager implementation alone.
+        Takes what the source's attention takes, by name or in its order: position_embeddings, two tables [B or 1, Q, width];
+        attention_mask [B, 1, Q, T], boolean or additive, or None, as transformers calls it: one query sees every cached token,
+        several are the first ones and see each other causally; position_ids [B or 1, Q]; and a cache, under whatever name
+        it comes. Weights are given by the eager implementation alone. Raises `ValueError` for what cannot be honoured.
         """
-        # by what it is: releases of transformers and families call it past_key_values, cache or layer_past
-        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        cos, sin = self._rotation(hidden_states, position_embeddings, position_ids)
+        named.update(zip(self._positional, positional, strict=False))
+        cache = cache_among(named, self.layer_idx)
+        mask: Tensor | None = named.get("attention_mask")
+        cos, sin = self._rotation(hidden_states, named.get("position_embeddings"), named.get("position_ids"))
         q_nope, q_rope = self._queries(hidden_states)
         c_kv, k_rope = self._latents(hidden_states)
-        q_rope = _rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))
-        k_rope = _rotate(k_rope, cos, sin)
+        q_rope = rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))
+        k_rope = rotate(k_rope, cos, sin)
         if cache is not None:
-            cached, rotated = cache.update(c_kv.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
-            c_kv, k_rope = cached.squeeze(1), rotated.squeeze(1)
-        if attention_mask is None and c_kv.shape[1] > hidden_states.shape[1] > 1:
+            c_kv, k_rope = self._update(cache, c_kv, k_rope)
+        if mask is None and c_kv.shape[1] > hidden_states.shape[1] > 1:
             # transformers leaves the mask out for the prefill of an empty static cache: the slots behind it are still unused
             c_kv, k_rope = c_kv[:, : hidden_states.shape[1]], k_rope[:, : hidden_states.shape[1]]
-        out_BQHV, weights = self._attend(q_nope, q_rope, c_kv, k_rope, attention_mask)
+        needs_weights = self._needs_weights(bool(named.get("output_attentions")))
+        out_BQHV, weights = self._attend(q_nope, q_rope, c_kv, k_rope, mask, needs_weights)
         return self.o_proj(out_BQHV.flatten(2)), weights
 
+    def _update(self, cache: Any, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """All cached latents [B, T, R] and rotated keys [B, T, P], the new ones among them."""
+        if self.qk_rope_head_dim == 0 and type(cache) not in (DynamicCache, StaticCache):
+            # Not every cache holds values of no width (quantised ones do not): the latent as two halves
+            halves = (half.unsqueeze(1) for half in c_kv.tensor_split(2, dim=-1))
+            latents = torch.cat(cache.update(*halves, self.layer_idx), dim=-1).squeeze(1)
+            return latents, latents[..., :0]
+        cached, rotated = cache.update(c_kv.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        return cached.squeeze(1), rotated.squeeze(1)
+
     def _rotation(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], position_ids: Tensor | None
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, Q, P] of this layer."""
         if self.rope_index is None:
@@ -144,6 +162,8 @@ class LatentSelfAttention(nn.Module):
                 raise ValueError("position_ids are needed by layers with rotary frequencies of their own")
             cos, sin = self.rotary_emb(hidden_states, position_ids)
             return cos, sin
+        if position_embeddings is None:
+            raise ValueError("position_embeddings are needed by layers with rotary frequencies of the model's tables")
         cos, sin = position_embeddings
         columns = self._rope_columns(cos.device)
         return cos.index_select(-1, columns), sin.index_select(-1, columns)
@@ -177,33 +197,35 @@ class LatentSelfAttention(nn.Module):
         return c_kv if self.kv_a_layernorm is None else self.kv_a_layernorm(c_kv), k_rope
 
     def _attend(
-        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
+        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, needs_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Heads' outputs [B, Q, H, V], and the weights where the eager implementation is asked for."""
-        if self.logit_softcap is not None:
-            return self._attend_soft_capped(q_nope, q_rope, c_kv, k_rope, mask)
-        dtype = _common_dtype(q_nope, q_rope, c_kv, k_rope)
+        """Heads' outputs [B, Q, H, V], and the weights where they are needed."""
+        dtype = common_dtype(q_nope, q_rope, c_kv, k_rope)
         needs_gradients = torch.is_grad_enabled() and (q_nope.requires_grad or c_kv.requires_grad)
-        sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients)
+        sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients, needs_weights)
         asked, ranges = _asked(), None
         call = self._call(*sizes, has_mask=mask is not None)
         if mask is not None and fused_obstacle(call) is None:
             ranges, obstacle = _ranges(mask, c_kv.shape[1])
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
         implementation = choose(call, asked).implementation
+        if implementation == "reference" or (self.logit_softcap is not None and implementation != "fused"):
+            over_latents = implementation != "expanded" and call.weight_obstacle is None
+            out, weights = self._attend_reference(q_nope, q_rope, c_kv, k_rope, mask, over_latents)
+            return out, weights if needs_weights else None
         if implementation == "expanded":
             return self._attend_expanded(q_nope, q_rope, c_kv, k_rope, mask), None
-        if implementation == "reference":
-            out, weights = self._attend_reference(q_nope, q_rope, c_kv, k_rope, mask, call.weight_obstacle is None)
-            return out, weights if call.needs_weights else None
         q_latent = self._to_latents(q_nope)
         if implementation == "fused":
-            if (
-                self.qk_rope_head_dim == 0
-            ):  # a layer without rotation: the kernels take at least one pair, here of zeros
+            if self.qk_rope_head_dim == 0:
+                # a layer without rotation: the kernels take at least one pair, here of zeros
                 q_rope, k_rope = functional.pad(q_rope, (0, 2)), functional.pad(k_rope, (0, 2))
             out_BQHR = fused.fused_attention(
-                q_latent, q_rope, c_kv, k_rope, softmax_scale=self.scaling, dtype=dtype, ranges=ranges
+                *(q_latent, q_rope, c_kv, k_rope),
+                softmax_scale=self.scaling,
+                softcap=self.logit_softcap,
+                dtype=dtype,
+                ranges=ranges,
             )
         else:
             out_BQHR = absorbed_attention(
@@ -211,29 +233,17 @@ class LatentSelfAttention(nn.Module):
             )
         return self._from_latents(out_BQHR), None
 
-    def _attend_soft_capped(
-        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Scores bounded as cap · tanh(score / cap), which no fused kernel does: written from the formula, float32 softmax.
-        The bias of the un-rotated keys counts here, so keys are expanded."""
-        keys_values = self.kv_b_proj(c_kv).unflatten(-1, (self.num_heads, -1))
-        k_nope, values = keys_values.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        scores = torch.einsum("bqhn,bthn->bhqt", q_nope, k_nope) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
-        cap = float(self.logit_softcap or 0.0)
-        scores = cap * torch.tanh(scores * self.scaling / cap)
-        if mask is None:
-            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            mask = visible.tril(diagonal=scores.shape[-1] - scores.shape[-2])
-        hidden = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        weights = functional.dropout(weights, p=self._dropout)
-        return torch.einsum("bhqt,bthv->bqhv", weights, values), weights
-
     def explain_choice(self, num_queries: int, num_tokens: int) -> str:
         """Which implementation attention without a mask takes for these numbers of tokens, and why, in words."""
         weight = self.o_proj.weight
-        return explain(self._call(num_queries, num_tokens, weight.device.type, weight.dtype, False), _asked())
+        sizes = (num_queries, num_tokens, weight.device.type, weight.dtype, False, self._needs_weights(False))
+        return explain(self._call(*sizes), _asked())
+
+    def _needs_weights(self, asked: bool) -> bool:
+        """Whether the weights are returned: by the eager implementation, which soft-capped models get from transformers where
+        it has no other for them; there they are for those who ask."""
+        asked = asked or self.logit_softcap is None or bool(self.config.output_attentions)
+        return asked and self.config._attn_implementation == "eager"
 
     def _call(
         self,
@@ -242,6 +252,7 @@ class LatentSelfAttention(nn.Module):
         device_type: str,
         dtype: torch.dtype,
         needs_gradients: bool,
+        needs_weights: bool,
         *,
         has_mask: bool = False,
         mask_obstacle: str | None = None,
@@ -255,7 +266,8 @@ class LatentSelfAttention(nn.Module):
             v_head_dim=self.v_head_dim,
             # in training always: reentrant checkpointing runs the first pass without gradients, and both must agree
             needs_gradients=needs_gradients or self.training,
-            needs_weights=self.config._attn_implementation == "eager",
+            needs_weights=needs_weights,
+            soft_capped=self.logit_softcap is not None,
             dropout=self._dropout,
             has_mask=has_mask,
             mask_obstacle=mask_obstacle,
@@ -264,10 +276,13 @@ class LatentSelfAttention(nn.Module):
         )
 
     def _weight_obstacle(self) -> str | None:
-        """A wrapped, quantised or offloaded up-projection has no weight that could be read past it: expand through it."""
+        """Why latents are expanded through kv_b_proj: wrapped, quantised or offloaded it has no weight that could be read past
+        it, and softmax does not ignore the bias of un-rotated keys where scores are capped."""
         foreign = _foreign_weight(self.kv_b_proj)
         if foreign is not None:
             return f"kv_b_proj {foreign}, so its weight cannot be absorbed"
+        if self.logit_softcap is not None and self.kv_b_proj.bias is not None:
+            return "the bias of kv_b_proj counts under a soft cap, and attention over latents leaves it out"
         return "the weight of kv_b_proj is offloaded" if self.kv_b_proj.weight.is_meta else None
 
     @property
@@ -291,24 +306,17 @@ class LatentSelfAttention(nn.Module):
         return values
 
     def _attend_reference(
-        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, absorbed: bool
+        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, over_latents: bool
     ) -> tuple[Tensor, Tensor]:
-        if not absorbed:
-            return reference_expanded_attention(
-                *self._expanded(q_nope, q_rope, c_kv, k_rope),
-                softmax_scale=self.scaling,
-                attention_mask=mask,
-                dropout=self._dropout,
-            )
-        out, weights = reference_attention(
-            self._to_latents(q_nope),
-            q_rope,
-            c_kv,
-            k_rope,
-            softmax_scale=self.scaling,
-            attention_mask=mask,
-            dropout=self._dropout,
-        )
+        settings: dict[str, Any] = {
+            "softmax_scale": self.scaling,
+            "attention_mask": mask,
+            "dropout": self._dropout,
+            "softcap": self.logit_softcap,
+        }
+        if not over_latents:
+            return reference_expanded_attention(*self._expanded(q_nope, q_rope, c_kv, k_rope), **settings)
+        out, weights = reference_attention(self._to_latents(q_nope), q_rope, c_kv, k_rope, **settings)
         return self._from_latents(out), weights
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,25 +388,6 @@ def _ranges(mask: Tensor, num_tokens: int) -> tuple[Any, str | None]:
     )
 
 
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that attention is computed in: autocast's, or what holds the numbers of all inputs."""
-    device_type = tensors[0].device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of half-split pairs (RoFormer, arXiv 2104.09864): x [..., P], cos and sin broadcastable to it."""
-    if x.shape[-1] == 0:  # a layer without rotation
-        return x
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 class XecoModelMixin:
     """What every converted model adds to its source's class."""
 
@@ -409,6 +398,36 @@ class XecoModelMixin:
     def _can_set_attn_implementation(cls) -> bool:
         """Eager and SDPA may be switched at run time; transformers looks for a pattern in the source that is not ours."""
         return True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """As transformers decides, but nothing that attention over latents would ignore (paged, registered by a user)."""
+        found: str = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+        if found not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation: expected sdpa or eager for {type(self).__name__}, whose attention over latents is its "
+                f"own, found {found}"
+            )
+        return found
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: see `_NO_PAGES`."""
+        raise ValueError(f"{type(self).__name__}: {_NO_PAGES}")
+
+    @property
+    def init_continuous_batching(self) -> NoReturn:
+        """Not there, so that `transformers serve --continuous-batching` says so and serves without it."""
+        raise AttributeError
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "init_continuous_batching":
+            raise AttributeError(f"{type(self).__name__}: {_NO_PAGES}")
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+_NO_PAGES = (
+    "continuous batching keeps the cache in pages of keys and values, which attention over latents does not read; use "
+    "model.generate, with left padding for a batch"
+)
 
 
 def family_model_class(prefix: str, kind: str) -> Any:
@@ -444,6 +463,8 @@ def _initialiser(source: Any) -> Any:
         replace_attention(self.base_model, config)
         self.post_init()
 
+    # Postponed annotations are strings; who checks arguments against them (vLLM's support_torch_compile) expects classes.
+    initialise.__annotations__ = {}
     return initialise
 
 
@@ -458,21 +479,22 @@ def replace_attention(model: Any, config: Any) -> None:
             setattr(decoder_layer, name, attention_class(config, source, layer, type(model.rotary_emb)))
 
 
-_attention_classes: dict[type[nn.Module], type[LatentSelfAttention]] = {}
-
-
-def _attention_class(source_class: type[nn.Module]) -> type[LatentSelfAttention]:
+def _attention_class(source_class: type[nn.Module]) -> Any:
     """Latent attention that is also an instance of the source's attention class, by which transformers finds the
     attention modules of a model (output_attentions, for one)."""
-    if source_class not in _attention_classes:
-        name = f"Xeco{source_class.__name__}"
-        _attention_classes[source_class] = type(name, (LatentSelfAttention, source_class), {"__module__": __name__})
-    return _attention_classes[source_class]
+    name = f"Xeco{source_class.__name__}"
+    if name not in globals():
+        globals()[name] = type(name, (LatentSelfAttention, source_class), {"__module__": __name__})
+    return globals()[name]
 
 
 def __getattr__(name: str) -> Any:
-    """`modeling_xeco.XecoLlamaForCausalLM` and its kin, made on first use."""
-    for kind in ("ForCausalLM", "Model"):
-        if name.startswith("Xeco") and name.endswith(kind):
-            return family_model_class(name.removeprefix("Xeco").removesuffix(kind), kind)
+    """`modeling_xeco.XecoLlamaForCausalLM` and its kin, made on first use: by name, as unpickling does, too."""
+    for kind in ("ForCausalLM", "Model", "Attention"):
+        prefix = name.removeprefix("Xeco").removesuffix(kind)
+        if name == f"Xeco{prefix}{kind}" and prefix:
+            if kind == "Attention":
+                module = sys.modules[source_class(prefix, "ForCausalLM").__module__]
+                return _attention_class(getattr(module, f"{prefix}{kind}"))
+            return family_model_class(prefix, kind)
     raise AttributeError(f"module {__name__} has no attribute {name}")

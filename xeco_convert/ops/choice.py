@@ -7,6 +7,8 @@ standard library, so that it can be tested, and understood, by itself.
 - absorbed: plain torch over latents, through scaled_dot_product_attention.
 - expanded: latents expanded to keys and values, through scaled_dot_product_attention.
 - reference: written from the formula, and the one that returns the weights.
+
+scaled_dot_product_attention bounds no scores: where they are capped, absorbed and expanded are written from the formula.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class AttentionCall:
     """One attention call of one layer, as far as the choice depends on it.
 
     kernel_obstacle says in words why no compiled kernel serves the device and dtype, mask_obstacle why the mask is no range
-    of tokens for each sequence, weight_obstacle why the weight of kv_b_proj cannot be read; None where there is nothing in
-    the way. has_mask: a mask tensor is given, which scaled_dot_product_attention works through element by element.
+    of tokens for each sequence, weight_obstacle why latents must be expanded through kv_b_proj; None where there is nothing in
+    the way. soft_capped: scores are bounded. has_mask: a mask tensor is given, which scaled_dot_product_attention works
+    through element by element.
     """
 
     num_queries: int
@@ -48,6 +51,7 @@ class AttentionCall:
     needs_gradients: bool = False
     needs_weights: bool = False
     dropout: float = 0.0
+    soft_capped: bool = False
     has_mask: bool = False
     kernel_obstacle: str | None = None
     mask_obstacle: str | None = None
@@ -73,9 +77,10 @@ def choose(call: AttentionCall, asked: str | None = None) -> Choice:
         if obstacle is not None:
             raise AttentionChoiceError(f"XECO_ATTENTION=fused cannot serve this call: {obstacle}")
         return Choice("fused", "XECO_ATTENTION=fused")
+    if asked == "sdpa" and (call.needs_weights or call.soft_capped):
+        why = "attention weights are asked for" if call.needs_weights else "it does not bound scores (soft cap)"
+        raise AttentionChoiceError(f"XECO_ATTENTION=sdpa cannot serve this call: {why}")
     if call.needs_weights:
-        if asked == "sdpa":
-            raise AttentionChoiceError("XECO_ATTENTION=sdpa cannot serve this call: attention weights are asked for")
         return Choice("reference", "attention weights are asked for, and the others never hold them")
     if asked == "reference":
         return Choice("reference", "XECO_ATTENTION=reference")

@@ -30,12 +30,14 @@ def fused_attention(
     *,
     softmax_scale: float,
     dtype: torch.dtype,
+    softcap: float | None = None,
     ranges: Ranges | None = None,
 ) -> Tensor:
     """`latent_attention` of the model: q_latent [B, Q, H, R], q_rope [B, Q, H, P], c_kv [B, T, R], k_rope [B, T, P] -> out.
 
-    They are brought to one dtype first (autocast leaves rotated keys in float32). ranges: what the mask says, for B
-    sequences or for one that stands for all; None: the queries are the last of T tokens, in causal order.
+    They are brought to one dtype first (autocast leaves rotated keys in float32). softcap bounds the scores.
+    ranges: what the mask says, for B sequences or for one that stands for all; None: the queries are the last of T tokens,
+    in causal order.
     """
     tensors = [_dense(tensor.to(dtype)) for tensor in (q_latent, q_rope, c_kv, k_rope)]
     batch, num_queries = q_latent.shape[:2]
@@ -44,15 +46,19 @@ def fused_attention(
         ranges = Ranges(starts, ends, positions, ranges.window)
     if num_queries == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         # One query sees an interval, whatever window made it: starts and lengths say it all.
-        if ranges is None:
-            return latent_attention_decode(*tensors, softmax_scale=softmax_scale)[0]
-        starts, lengths = ranges.starts, ranges.ends
-        return latent_attention_decode(*tensors, softmax_scale=softmax_scale, starts=starts, lengths=lengths)[0]
+        return latent_attention_decode(
+            *tensors,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            starts=None if ranges is None else ranges.starts,
+            lengths=None if ranges is None else ranges.ends,
+        )[0]
     if ranges is None:
-        return latent_attention(*tensors, softmax_scale=softmax_scale)[0]
+        return latent_attention(*tensors, softmax_scale=softmax_scale, softcap=softcap)[0]
     return latent_attention(
         *tensors,
         softmax_scale=softmax_scale,
+        softcap=softcap,
         starts=ranges.starts,
         ends=ranges.ends,
         query_positions=ranges.query_positions,

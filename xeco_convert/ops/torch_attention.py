@@ -69,15 +69,16 @@ def reference_attention(
     softmax_scale: float,
     attention_mask: Tensor | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, written from the formula: scores and softmax in float32 or better, nothing fused.
+    """The same, written from the formula: scores and softmax in float32 or better, nothing fused. softcap c bounds scores:
+    c · tanh(score / c).
 
     Returns the output [B, Q, H, R] and the weights [B, H, Q, T], both in the dtype of the queries.
     """
     _check(q_latent, q_rope, c_kv, k_rope)
     scores = torch.einsum("bqhr,btr->bhqt", q_latent, c_kv) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * softmax_scale
-    weights = _weights(scores, attention_mask, dropout).to(q_latent.dtype)
+    weights = _weights(scores, softmax_scale, softcap, attention_mask, dropout).to(q_latent.dtype)
     return torch.einsum("bhqt,btr->bqhr", weights, c_kv), weights
 
 
@@ -89,18 +90,23 @@ def reference_expanded_attention(
     softmax_scale: float,
     attention_mask: Tensor | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same over keys and values that were expanded for every head, where the up-projection has no weight to absorb.
 
     queries [B, H, Q, D], keys [B, H, T, D], values [B, H, T, V] -> output [B, Q, H, V] and weights [B, H, Q, T].
     """
     scores = queries @ keys.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * softmax_scale
-    weights = _weights(scores, attention_mask, dropout).to(queries.dtype)
+    weights = _weights(scores, softmax_scale, softcap, attention_mask, dropout).to(queries.dtype)
     return (weights @ values).transpose(1, 2), weights
 
 
-def _weights(scores_BHQT: Tensor, attention_mask: Tensor | None, dropout: float) -> Tensor:
+def _weights(
+    scores_BHQT: Tensor, softmax_scale: float, softcap: float | None, attention_mask: Tensor | None, dropout: float
+) -> Tensor:
+    scores_BHQT = scores_BHQT.to(torch.promote_types(scores_BHQT.dtype, torch.float32)) * softmax_scale
+    if softcap is not None:
+        scores_BHQT = softcap * torch.tanh(scores_BHQT / softcap)
     if attention_mask is None:
         attention_mask = causal_mask(scores_BHQT.shape[2], scores_BHQT.shape[3], scores_BHQT.device)
     if attention_mask.dtype == torch.bool:
@@ -110,6 +116,25 @@ def _weights(scores_BHQT: Tensor, attention_mask: Tensor | None, dropout: float)
     # A row of −∞ alone has no softmax: such a query (left padding) attends to nothing.
     nothing = (scores_BHQT == -torch.inf).all(dim=-1, keepdim=True)
     return functional.dropout(scores_BHQT.softmax(dim=-1).masked_fill(nothing, 0.0), p=dropout)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that attention is computed in: autocast's, or what holds the numbers of all inputs."""
+    device_type = tensors[0].device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of half-split pairs (RoFormer, arXiv 2104.09864): x [..., P], cos and sin broadcastable to it."""
+    if x.shape[-1] == 0:  # a layer without rotation
+        return x
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Tensor:
