@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.shapes import MlaShape
+from xeco_convert.errors import CheckpointError
+from xeco_convert.factorize.shapes import FIELDS, MlaShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +102,31 @@ class MlaAttention:
         return self.kv_a_weight.shape[0] - self.kv_b_weight.shape[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors under their names below the attention module, those that are there."""
-        named = {
-            **{"q_proj.weight": self.q_weight, "q_a_proj.weight": self.q_a_weight, "q_b_proj.weight": self.q_b_weight},
-            **{"kv_a_proj_with_mqa.weight": self.kv_a_weight, "kv_a_proj_with_mqa.bias": self.kv_a_bias},
-            **{"kv_a_layernorm.weight": self.latent_norm_weight},
-            **{"kv_b_proj.weight": self.kv_b_weight, "kv_b_proj.bias": self.kv_b_bias},
-            **{"o_proj.weight": self.o_weight, "o_proj.bias": self.o_bias},
-            **{("q_proj.bias" if self.q_weight is not None else "q_b_proj.bias"): self.q_bias},
-            **{"q_norm.weight": self.q_norm_weight, "q_head_proj.weight": self.q_head_weight},
-        }
+        """The tensors under their names below the attention module, those that are there. Inverse: `from_state_dict`."""
+        other_queries = (
+            "q_b_proj." if self.q_weight is not None else "q_proj."
+        )  # q_bias goes with the queries there are
+        named = {name: getattr(self, field) for name, field in FIELDS.items() if not name.startswith(other_queries)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], shape: MlaShape, where: str) -> MlaAttention:
+        """The layer of this shape from its tensors by their names below the attention module; `where` names it in errors.
+
+        Raises `CheckpointError` for a name that the shape does not have, one that is missing, and a wrong size: a tensor that
+        were left out would change the layer.
+        """
+        expected = shape.tensors()
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected:
+            wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
+            have, want = (list(sizes[wrong]) if wrong in sizes else "none" for sizes in (found, expected))
+            raise CheckpointError(
+                f"{where}.{wrong}: expected {want} by the layer's widths in config.json, found {have}; config.json does not "
+                "belong to these weights."
+            )
+        fields = {FIELDS[name]: tensor for name, tensor in tensors.items()}
+        return cls(**fields, rope_index=shape.rope_index)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> MlaAttention:
         """The same weights in another floating dtype."""

@@ -5,6 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# What a layer may hold: state-dict names below the attention module, in the order in which they are stored, with the fields
+# of `MlaAttention` that they belong to. The one table for writing, reading back and planning.
+FIELDS = {
+    "q_proj.weight": "q_weight",
+    "q_a_proj.weight": "q_a_weight",
+    "q_b_proj.weight": "q_b_weight",
+    "q_proj.bias": "q_bias",
+    "q_b_proj.bias": "q_bias",
+    "q_norm.weight": "q_norm_weight",
+    "q_head_proj.weight": "q_head_weight",
+    "kv_a_proj_with_mqa.weight": "kv_a_weight",
+    "kv_a_proj_with_mqa.bias": "kv_a_bias",
+    "kv_a_layernorm.weight": "latent_norm_weight",
+    "kv_b_proj.weight": "kv_b_weight",
+    "kv_b_proj.bias": "kv_b_bias",
+    "o_proj.weight": "o_weight",
+    "o_proj.bias": "o_bias",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlaShape:
@@ -53,18 +72,15 @@ class MlaShape:
             "kv_b_proj": (heads * (self.qk_nope_head_dim + self.v_head_dim), rank),
             "o_proj": (self.hidden_size, heads * self.v_head_dim),
         }
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows.items()}
         bias_of = {"q_proj": "q", "q_b_proj": "q", "kv_a_proj_with_mqa": "kv_a", "kv_b_proj": "kv_b", "o_proj": "o"}
-        for name, shape in rows.items():
-            shapes[f"{name}.weight"] = shape
-            if bias_of.get(name) in self.biases:
-                shapes[f"{name}.bias"] = shape[:1]
-            if self.q_norm is not None and name in ("q_proj", "q_b_proj"):
-                shapes["q_norm.weight"] = (self.qk_nope_head_dim * (heads if self.q_norm == "all" else 1),)
-                shapes["q_head_proj.weight"] = (heads * self.qk_head_dim, self.qk_nope_head_dim)
-            if name == "kv_a_proj_with_mqa" and self.latent_norm:
-                shapes["kv_a_layernorm.weight"] = (rank,)
-        return shapes
+        shapes |= {f"{name}.bias": shape[:1] for name, shape in rows.items() if bias_of.get(name) in self.biases}
+        if self.q_norm is not None:
+            shapes["q_norm.weight"] = (self.qk_nope_head_dim * (heads if self.q_norm == "all" else 1),)
+            shapes["q_head_proj.weight"] = (heads * self.qk_head_dim, self.qk_nope_head_dim)
+        if self.latent_norm:
+            shapes["kv_a_layernorm.weight"] = (rank,)
+        return {name: shapes[name] for name in sorted(shapes, key=list(FIELDS).index)}
 
     def _query_rows(self) -> dict[str, tuple[int, int]]:
         width = self.num_attention_heads * (self.qk_head_dim if self.q_norm is None else self.qk_nope_head_dim)
