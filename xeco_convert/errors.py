@@ -6,6 +6,11 @@ The exit code says who has to act: 2 means that the command line must change, 1 
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as part of a sentence: its first line, or else its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class XecoError(Exception):
     """Base of all errors that xeco-convert and xeco-distill raise on purpose; `str(error)` is the sentence."""
 
