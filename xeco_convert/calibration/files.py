@@ -37,6 +37,10 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _CHUNK_BYTES = 2**20
+_KIND_OF_VALUE = {
+    **{list: "an array", dict: "an object", str: "a string", bool: "a truth value", int: "a number", float: "a number"},
+    type(None): "null",
+}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -244,19 +248,10 @@ def _parsed(text: str) -> tuple[Any, bool]:
 
 def _in_words(value: Any, text: str) -> str:
     """What stands in place of a JSON value that was expected."""
-    kinds = {
-        list: "an array",
-        dict: "an object",
-        str: "a string",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-    }
-    if isinstance(value, list) and value:
-        return f"an array with {' and '.join(sorted({_in_words(item, '') for item in value}))} in it"
-    if value is not None:
-        return kinds[type(value)]
-    return "null" if text.strip() in ("", "null") else "something that is no JSON"
+    if value is None:
+        return "null" if text.strip() in ("", "null") else "something that is no JSON"
+    within = " and ".join(sorted({_KIND_OF_VALUE[type(item)] for item in value})) if isinstance(value, list) else ""
+    return _KIND_OF_VALUE[type(value)] + (f" with {within} in it" if within else "")
 
 
 def _whole_characters(record: dict[str, Any], text: str, where: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,18 @@ FIELDS = "text, messages, or prompt and completion"
 # ShareGPT's names of who speaks
 _SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _MOST_IDS = 2**31  # of a vocabulary whose size nothing says
+
+
+@contextmanager
+def tokenizer_errors(explained: Callable[[str], CheckpointError]) -> Iterator[None]:
+    """Whatever a tokenizer or a template raises, in a sentence made from its reason. A panic of the tokenizers library is
+    no Exception for Python."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise explained(first_line(error)) from None
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +86,8 @@ class Encoder:
         )
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
+        with tokenizer_errors(self._not_read):
             return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-        except Exception as error:  # a tokenizer raises what its parts like
-            raise self._refused(
-                f"the model's tokenizer does not take this text ({first_line(error)}); check the tokenizer's files."
-            ) from None
 
     def _ended(self, ids: list[int]) -> list[int]:
         """With the token that ends a text, where the tokenizer has one and did not add it."""
@@ -100,7 +109,7 @@ class Encoder:
         try:
             chat, variables = checked_messages(messages), template_variables(record, self.tokenizer)
         except ValueError as error:
-            raise self._not_taken(error) from None
+            raise self._not_taken(str(error)) from None
         ids = self._template(chat, variables)
         if not self.assistant_only:
             return _whole(ids)
@@ -130,16 +139,17 @@ class Encoder:
         return learned
 
     def _template(self, chat: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        try:
+        with tokenizer_errors(self._not_taken):
             encoded = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **variables)
-        except Exception as error:  # templates raise what they like
-            raise self._not_taken(error) from None
-        return list(encoded["input_ids"])
+            return list(encoded["input_ids"])
 
-    def _not_taken(self, error: Exception) -> CheckpointError:
+    def _not_read(self, reason: str) -> CheckpointError:
+        return self._refused(f"the model's tokenizer does not take this text ({reason}); check the tokenizer's files.")
+
+    def _not_taken(self, reason: str) -> CheckpointError:
         return self._refused(
-            f"messages do not go through the model's chat template ({first_line(error)}); expected a list of objects with "
-            "role and content."
+            f"messages do not go through the model's chat template ({reason}); expected a list of objects with role and "
+            "content."
         )
 
     def _refused(self, sentence: str, separator: str = ":") -> CheckpointError:

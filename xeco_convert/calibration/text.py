@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from xeco_convert.calibration.files import read_records
-from xeco_convert.calibration.records import Encoder
+from xeco_convert.calibration.records import Encoder, tokenizer_errors
 from xeco_convert.calibration.windows import CalibrationWindows, windows_of_documents
-from xeco_convert.errors import CheckpointError, first_line
+from xeco_convert.errors import CheckpointError
 
 _MOST_DOCUMENTS = 100_000
 
@@ -46,13 +46,13 @@ def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises `CheckpointError` where it has none that loads."""
     from transformers import AutoTokenizer
 
-    try:
+    def explained(reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{folder}: no tokenizer could be loaded ({reason}), which calibration text needs; add the tokenizer files."
+        )
+
+    with tokenizer_errors(explained):
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers and tokenizers pass on what their parts raise
-        raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({first_line(error)}), which calibration text needs; add the tokenizer "
-            "files."
-        ) from None
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
