@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from xeco_convert.command import SAME_WISH_SECONDS
+from xeco_convert.errors import XecoError
+
 # (what, share of the stage done, figures to show)
 Report = Callable[[str, float, dict[str, float]], None]
 
@@ -22,6 +25,7 @@ class StopRequests(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
         self._requested = False
+        self._last = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -32,14 +36,19 @@ class StopRequests(TrainerCallback):
                 signal.signal(number, self._request)
         try:
             yield
+        except Exception as error:
+            if not self._requested or isinstance(error, XecoError):
+                raise
+            raise KeyboardInterrupt from error  # as of workers that the same signal ended
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
-        if self._requested:
+        now = time.monotonic()
+        if self._requested and now - self._last >= SAME_WISH_SECONDS:
             raise KeyboardInterrupt
-        self._requested = True
+        self._requested, self._last = True, now
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_named: Any) -> None:
         if args.world_size > 1:  # one process that was told must stop all of them

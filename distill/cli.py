@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from xeco_convert.command import run_command
+from xeco_convert.command import Replaced, run_command, say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.progress import progress
 
 from .options import DistillOptions, checked_mapping
 
@@ -104,10 +104,11 @@ def distill_command(
         return
     from transformers.utils import logging
 
-    from .pipeline import heal
+    from .pipeline import heal, work_place
 
+    say_when_interrupted(_interrupted(folder, work_place(folder.absolute(), options), options))
     logging.disable_progress_bar()  # transformers' own bars would run into this command's
-    with progress(quiet) as report:
+    with progress(quiet or not is_main_process(), by_stage=True) as report:
         found = heal(folder, options, report=report)
     if not is_main_process():
         return
@@ -115,6 +116,17 @@ def distill_command(
         json_file.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not quiet:
         _show_report(found)
+
+
+def _interrupted(folder: Path, work: Path, options: DistillOptions) -> Callable[[], str]:
+    """What to say after Ctrl-C; it may come when all is done but the report."""
+    output = folder if options.output is None else Path(options.output)
+    healed = Replaced(output)
+    return lambda: (
+        f"interrupted; {output} holds the healed model, only the report was not written."
+        if healed
+        else f"interrupted; {folder} is as it was, what was done is kept in {work}, and the same command continues the run."
+    )
 
 
 def merge_options(
@@ -194,37 +206,6 @@ def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: b
         click.echo(line, err=not dry_run)
 
 
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, float, dict[str, float]], None] | None]:
-    """A progress bar with the time left and the figures of the moment, on stderr."""
-    if quiet or not is_main_process():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task, stage = bar.add_task("", total=1.0), ""
-
-        def report(what: str, share: float, figures: dict[str, float]) -> None:
-            nonlocal task, stage
-            if what != stage:  # the time left is that of the stage
-                bar.remove_task(task)
-                task, stage = bar.add_task(what, total=1.0), what
-            words = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            bar.update(task, description=f"{what}  {words}", completed=share)
-
-        yield report
-
-
 def _show_report(found: Any) -> None:
     before, after = found.before, found.after
     for stage, facts in found.stages.items():
@@ -255,6 +236,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .recipes import recipes_command
 
         command, name, given = recipes_command, "xeco-distill recipes", given[1:]
-    run_command(
-        command, given, name, interrupted="interrupted; OUT is as it was, and the same command continues the run."
-    )
+    run_command(command, given, name)

@@ -172,10 +172,13 @@ class _Run:
         """Quality of a checkpoint as it is stored, kept under a name."""
         found = self._work.read_json(name)
         if found is None:
-            self._report(f"measuring {'before' if name.startswith('before') else 'after'}", 0.0, {})
+            what = f"measuring {'before' if name.startswith('before') else 'after'}"
+            self._report(what, 0.0, {})
             dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
             student = load_model(folder, dtype).to(self._place.device).eval()
-            found = fidelity_dict(measure_quality(self._teacher_model(), student, held_out))
+            tell: Callable[[float], None] = lambda share: self._report(what, share, {})  # noqa: E731
+            found = fidelity_dict(measure_quality(self._teacher_model(), student, held_out, on_progress=tell))
+            tell(1.0)
             if self._place.is_main:
                 self._work.write_json(name, found)
         return found

@@ -122,7 +122,7 @@ def put_in_place(result: Path, out: Path, output: Path | None, *, keep: bool) ->
             target.rename(aside)
         try:
             result.rename(target)
-        except OSError:
+        except BaseException:  # also Ctrl-C between the two
             if aside.exists() and not target.exists():
                 aside.rename(target)
             raise

@@ -140,7 +140,7 @@ def test_the_start_is_kept_where_nothing_is_better(setting: Setting, monkeypatch
 
     monkeypatch.setattr(LayerRefinement, "_refit", lambda self, start: worse(start))
     monkeypatch.setattr(ScoreRefit, "offers", lambda self: iter([worse(setting.start)]))
-    monkeypatch.setattr(LayerRefinement, "_regress", lambda self, start, rate: worse(start))
+    monkeypatch.setattr(LayerRefinement, "_regress", lambda self, start, *_: worse(start))
     refined = refinement(setting).run(setting.start)
     assert refined.kept == "start" and refined.factors is setting.start
 

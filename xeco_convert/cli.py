@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xeco_convert import __version__
-from xeco_convert.command import run_command
+from xeco_convert.command import Replaced, run_command, say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError, XecoWarning
 from xeco_convert.options import ConvertOptions
+from xeco_convert.progress import progress
 from xeco_convert.report import format_cell
 
 if TYPE_CHECKING:
@@ -126,13 +127,35 @@ def convert_command(
             _write_json(json_file, plan_summary(plan))
             return
         assert output is not None
+        say_when_interrupted(_interrupted_conversion(output, options))
         from xeco_convert.conversion import convert
 
-        with _progress(quiet) as on_progress:
+        with progress(quiet) as on_progress:
             report = convert(source, output, options, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
         _show_report(report)
+
+
+def _interrupted_conversion(output: Path, options: ConvertOptions) -> Callable[[], str]:
+    return _interrupted_output(output, "." if options.init == "paper" else _kept_work(options.work_dir))
+
+
+def _interrupted_output(output: Path, kept: str) -> Callable[[], str]:
+    """What to say after Ctrl-C; it may come when all is done but the report."""
+    written = Replaced(output)
+    return lambda: (
+        f"interrupted; {output} was written whole, only the report was not."
+        if written
+        else f"interrupted; nothing was written{kept}"
+    )
+
+
+def _kept_work(work_dir: str | None) -> str:
+    """The rest of a sentence: what is left of a calibrated run, and how it goes on."""
+    if work_dir is None:
+        return ". With --work-dir FOLDER finished layers are kept, and the same command goes on from them."
+    return f"; what was finished is kept in {work_dir}, and the same command continues from there."
 
 
 @click.command()
@@ -208,7 +231,8 @@ def sweep_command(
     from xeco_convert.sweep import COLUMNS, parse_sizes, sweep, sweep_page
 
     sizes = parse_sizes(kv_sizes)
-    with _warnings(quiet), _progress(quiet) as on_progress:
+    say_when_interrupted(f"interrupted; nothing was written{_kept_work(fields['work_dir'])}")
+    with _warnings(quiet), progress(quiet) as on_progress:
         report = sweep(source, sizes, on_progress=on_progress, **fields)
     _write_json(json_file, report.to_dict())
     if html_file is not None:
@@ -257,10 +281,14 @@ def export_command(
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
+    from transformers.utils import logging
+
     from xeco_convert.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(format=format_name, **fields)
-    with _progress(quiet) as on_progress:
+    say_when_interrupted(_interrupted_output(output, "."))
+    logging.disable_progress_bar()  # transformers' own bars would run into this command's
+    with progress(quiet) as on_progress:
         report = export_checkpoint(converted, output, options, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
@@ -395,28 +423,6 @@ def _warnings(quiet: bool) -> Iterator[None]:
         own = dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, XecoWarning))
         for sentence in own if not quiet else ():  # each once: the plan is made for showing and for doing
             click.echo(f"warning: {sentence}", err=True)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, float], None] | None]:
-    """A progress bar with the time left, on stderr."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TaskProgressColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
 
 
 def _show_report(report: ConversionReport) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -12,23 +15,48 @@ import click
 
 from xeco_convert.errors import XecoError
 
-_INTERRUPTED = "interrupted; nothing was written."
+# A signal that comes so soon after another is the same wish: `timeout`, torchrun and terminals tell a process twice.
+SAME_WISH_SECONDS = 1.0
 
 
-def run_command(command: click.Command, arguments: list[str], name: str, *, interrupted: str = _INTERRUPTED) -> None:
-    """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2.
+class Interrupts:
+    """Signals that came, and what to say of them."""
 
-    `interrupted`: what to say after Ctrl-C.
-    """
+    def __init__(self, sentence: str | Callable[[], str]) -> None:
+        self.sentence = sentence
+        self.came = False
+        self._last = -SAME_WISH_SECONDS
+
+    def take(self) -> None:
+        """Make SIGTERM clean up as Ctrl-C does."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background, or under nohup
+                signal.signal(number, self._interrupt)
+
+    def said(self) -> str:
+        """What is true at this moment."""
+        return self.sentence if isinstance(self.sentence, str) else self.sentence()
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last < SAME_WISH_SECONDS:
+            return  # cleaning up is not to be interrupted
+        self.came, self._last = True, now
+        raise KeyboardInterrupt
+
+
+def run_command(command: click.Command, arguments: list[str], name: str) -> None:
+    """Run a click command; every foreseen failure becomes one sentence on stderr and exit code 1 or 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    interrupts = _take_interrupts()
+    interrupts = Interrupts("interrupted; nothing was written.")
+    interrupts.take()
     try:
-        sys.exit(command.main(args=arguments, prog_name=name, standalone_mode=False) or 0)
+        sys.exit(command.main(args=arguments, prog_name=name, standalone_mode=False, obj=interrupts) or 0)
     except (KeyboardInterrupt, click.Abort):
-        _fail(name, interrupted, 1)
+        _fail(name, interrupts.said(), 1)
     except Exception as error:
-        if interrupts:  # libraries turn an interrupt that reaches them into errors of their own
-            _fail(name, interrupted, 1)
+        if interrupts.came:  # libraries turn an interrupt that reaches them into errors of their own
+            _fail(name, interrupts.said(), 1)
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
@@ -37,20 +65,35 @@ def run_command(command: click.Command, arguments: list[str], name: str, *, inte
         _fail(name, str(error), error.exit_code)
 
 
-def _take_interrupts() -> list[int]:
-    """Make SIGTERM clean up as Ctrl-C does; the list fills with the signals that come."""
-    interrupts: list[int] = []
+def say_when_interrupted(sentence: str | Callable[[], str]) -> None:
+    """What the running command says after Ctrl-C and SIGTERM: what is kept, and how to go on. A function gives what is true
+    when it is called."""
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.obj, Interrupts):
+        context.obj.sentence = sentence
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background, or under nohup
-            signal.signal(number, interrupt)
-    return interrupts
+class Replaced:
+    """Whether a folder is another one than it was before, or there at last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._before = folder, _identity(folder)
+
+    def __bool__(self) -> bool:
+        return _identity(self._folder) not in (None, self._before)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _fail(name: str, sentence: str, code: int) -> NoReturn:
-    click.echo(f"{name}: {sentence}", err=True)
+    try:
+        click.echo(f"{name}: {sentence}", err=True)
+    except OSError:  # whoever read it is gone
+        pass
     sys.exit(code)

@@ -127,7 +127,7 @@ class _Conversion:
         """Everything that is not converted, piece by piece, in the dtype of the output."""
         total, done = sum(header.num_bytes for header in self._plan.copied), 0
         for header in self._plan.copied:
-            self._on_progress(header.name, 1 - _COPY_SHARE * (1 - done / total))
+            self._on_progress(f"writing {header.name}", 1 - _COPY_SHARE * (1 - done / total))
             writer.write(header.name, (self._cast(chunk, header) for chunk in self._reader.read_chunks(header.name)))
             done += header.num_bytes
         self._on_progress("written", 1.0)

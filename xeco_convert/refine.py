@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,12 @@ from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 
 _WARM_UP_STEPS = 10
+_SECOND_FROM = 0.8  # of a layer's progress: most layers need no second attempt
 _LAST_RATE = 0.02  # of the cosine schedule, as a share of the learning rate
 _SCORE_TOKENS = 8192  # for the refit of the score side, which goes over them a dozen times
 _SCORE_ROUNDS = 2  # each linear about the last one's result
+
+Share = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,8 @@ class LayerRefinement:
             counted += int(counts.sum()) * before.shape[-1]
         return added / counted
 
-    def run(self, start: MlaAttention) -> RefinedLayer:
-        """Refit, regress, choose."""
+    def run(self, start: MlaAttention, on_progress: Share = lambda share: None) -> RefinedLayer:
+        """Refit, regress, choose. `on_progress` is told the share done."""
         began = time.monotonic()
         stages = {"start": start, "refit": self._refit(start)}
         errors = {name: self.held_out_error(factors) for name, factors in stages.items()}
@@ -104,8 +107,11 @@ class LayerRefinement:
         if self._options.refit_scores and _scores_are_plain(start, self._context):
             stages["scores"], errors["scores"] = self._refit_both(stages[kept], errors[kept])
             kept = "scores" if errors["scores"] < errors[kept] else kept
-        for rate in (self._options.learning_rate, self._options.learning_rate / 4):
-            stages["regression"] = self._regress(balance_scales(stages[kept], self._heads), rate)
+        attempts = ((self._options.learning_rate, 0.0), (self._options.learning_rate / 4, _SECOND_FROM))
+        for rate, done in attempts:
+            share = _SECOND_FROM if done == 0 else 1 - _SECOND_FROM
+            tell = lambda step, done=done, share=share: on_progress(done + share * step)  # noqa: E731
+            stages["regression"] = self._regress(balance_scales(stages[kept], self._heads), rate, tell)
             errors["regression"] = self.held_out_error(stages["regression"])
             if errors["regression"] < errors[kept]:
                 kept = "regression"
@@ -184,7 +190,9 @@ class LayerRefinement:
         error = self._view.run_with_attention(inputs, attention) - self._targets[part]
         return error[self._view.counts[part]].square().mean() / self._scale
 
-    def _regress(self, start: MlaAttention, learning_rate: float) -> MlaAttention:
+    def _regress(
+        self, start: MlaAttention, learning_rate: float, on_progress: Share = lambda share: None
+    ) -> MlaAttention:
         """Adam on every weight; the learning rate warms up, then follows a cosine."""
         options = self._options
         parameters = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in start.tensors().items()}
@@ -197,6 +205,7 @@ class LayerRefinement:
                 progress = max(progress, (time.monotonic() - began) / options.seconds)
             if progress >= 1:
                 break
+            on_progress(progress)
             cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / _WARM_UP_STEPS) * cosine
             optimizer.zero_grad(set_to_none=True)

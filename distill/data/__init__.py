@@ -1,6 +1,8 @@
 """Training rows: documents of any source, or samples of the teacher, packed to one length on disk."""
 
-from ..data.documents import Document, read_documents
+from xeco_convert.calibration.records import Document
+
+from ..data.documents import read_documents
 from ..data.packing import Segments, pack
 from ..data.rows import PackedRows, RowWriter
 

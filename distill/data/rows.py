@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.documents import Document
+from xeco_convert.calibration.records import Document
+
 from ..data.packing import pack
 
 _FILES = {"input_ids": np.int32, "position_ids": np.int32, "mask": np.bool_}

@@ -36,14 +36,16 @@ class SampleStore:
         """Which of the first shards are not there yet."""
         return [number for number in range(num_shards) if not self._file(number).is_file()]
 
-    def fill(self, model: Any, shards: list[int], on_progress: Callable[[int], None]) -> None:
-        """Sample these shards. Each is there whole or not at all."""
+    def fill(self, model: Any, shards: list[int], on_progress: Callable[[float], None]) -> None:
+        """Sample these shards, telling how many are done. Each is there whole or not at all."""
         for done, number in enumerate(shards):
-            ids, counts = sample_rows(model, SHARD_ROWS, self._length, self._shard_seed(number), SHARD_ROWS)
+            tell = lambda share, done=done: on_progress(done + share)  # noqa: E731
+            ids, counts = sample_rows(
+                *(model, SHARD_ROWS, self._length, self._shard_seed(number), SHARD_ROWS), on_progress=tell
+            )
             partial = self._file(number).with_suffix(f".partial-{os.getpid()}")
             save_file({"ids": ids.to(torch.int32), "counts": counts}, partial)
             os.replace(partial, self._file(number))
-            on_progress(done + 1)
 
     def read(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [r, length] int32 of a shard, and which of them count."""

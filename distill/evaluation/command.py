@@ -10,9 +10,12 @@ from typing import Any
 import click
 import torch
 
+from xeco_convert.command import say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.progress import progress
 
+from ..callbacks import Report
 from ..card import evaluation_section
 from ..data import PackedRows
 from ..options import DistillOptions
@@ -44,14 +47,18 @@ _OTHER_SEED = 1_000_003  # sampled text must not be what a healing run with the 
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write them here."
 )
-def eval_command(folder: Path, card: bool, json_file: Path | None, **settings: Any) -> None:
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def eval_command(folder: Path, card: bool, json_file: Path | None, quiet: bool, **settings: Any) -> None:
     """Measure a converted model: perplexity, KL from the teacher, top-1 agreement and KV size; on request retrieval and
     lm-eval tasks."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
-    found = evaluate_checkpoint(folder, EvalOptions(**settings))
+    say_when_interrupted(f"interrupted; {folder} is as it was, and nothing of this is recorded.")
+    with progress(quiet, by_stage=True) as report:
+        found = evaluate_checkpoint(folder, EvalOptions(**settings), report=report)
     text = evaluation_section(found)
-    click.echo(text)
+    if not quiet:
+        click.echo(text)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if card:
@@ -77,8 +84,11 @@ class EvalOptions:
     seed: int = 0
 
 
-def evaluate_checkpoint(folder: str | Path, options: EvalOptions | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    folder: str | Path, options: EvalOptions | None = None, *, report: Report | None = None
+) -> dict[str, Any]:
     """What the command measures, as JSON types. Raises the errors of healing."""
+    tell: Report = report if report is not None else lambda what, share, figures: None
     from ..pipeline import open_place
     from .quality import measure_quality
 
@@ -100,11 +110,13 @@ def evaluate_checkpoint(folder: str | Path, options: EvalOptions | None = None) 
     plan = make_healing_plan(folder, run)
     lengths = parse_contexts(asked.contexts, plan) if asked.needle or asked.contexts else ()
     device = open_place(run).device
+    tell("loading both models", 0.0, {})
     teacher = Teacher(_ready(plan.teacher.folder, device, "teacher"), plan.student.config["vocab_size"])
     student = _ready(folder, device, "student")
-    rows = _rows(plan, teacher)
+    rows = _rows(plan, teacher, tell)
     sizes = inspect_checkpoint(folder)
-    quality = measure_quality(teacher, student, rows)
+    quality = measure_quality(teacher, student, rows, on_progress=lambda share: tell("measuring", share, {}))
+    tell("measuring", 1.0, {})
     found: dict[str, Any] = {
         "quality": {**asdict(quality), "gap": quality.gap},
         "teacher": plan.teacher.name,
@@ -114,10 +126,11 @@ def evaluate_checkpoint(folder: str | Path, options: EvalOptions | None = None) 
     }
     if lengths:
         models = {"teacher": teacher.model, "student": student}
-        found["needle"] = _needle(plan, rows, lengths, asked.needles, models, asked.seed)
+        found["needle"] = _needle(plan, rows, lengths, asked.needles, models, asked.seed, tell)
     if asked.tasks is not None:
         from .harness import run_tasks
 
+        tell("tasks of lm-eval", 0.0, {})
         names = [task.strip() for task in asked.tasks.split(",") if task.strip()]
         found["tasks"], found["lm_eval"] = run_tasks(
             folder, names, include=asked.include_tasks, limit=asked.limit, batch_size=4, device=str(device)
@@ -147,7 +160,7 @@ def parse_contexts(text: str | None, plan: HealingPlan) -> tuple[int, ...]:
     return lengths
 
 
-def _rows(plan: HealingPlan, teacher: Teacher) -> PackedRows:
+def _rows(plan: HealingPlan, teacher: Teacher, report: Report) -> PackedRows:
     """The rows to measure on, made as for healing, in a folder that goes again."""
     import tempfile
 
@@ -157,12 +170,18 @@ def _rows(plan: HealingPlan, teacher: Teacher) -> PackedRows:
 
     place = Place(device=next(teacher.model.parameters()).device, world=1, rank=0)
     with tempfile.TemporaryDirectory(prefix="xeco-distill-") as folder:
-        rows = all_rows(plan, RunFolder(Path(folder)), place, lambda: teacher, lambda what, share, figures: None)
+        rows = all_rows(plan, RunFolder(Path(folder)), place, lambda: teacher, report)
         return rows.part(slice(plan.held_out_rows())).in_memory()
 
 
 def _needle(
-    plan: HealingPlan, rows: PackedRows, lengths: tuple[int, ...], count: int, models: dict[str, Any], seed: int
+    plan: HealingPlan,
+    rows: PackedRows,
+    lengths: tuple[int, ...],
+    count: int,
+    models: dict[str, Any],
+    seed: int,
+    report: Report,
 ) -> list[dict[str, Any]]:
     from xeco_convert.calibration.text import load_tokenizer
 
@@ -172,7 +191,9 @@ def _needle(
     text = [token for document in rows.documents(10**9) for token in document[1:]]
     text *= -(-2 * lengths[-1] // max(1, len(text)))  # a short text is told again
     found = []
-    for length in lengths:
+    for number, length in enumerate(lengths):
+        report("retrieval", number / len(lengths), {"context": float(length)})
         given = trials(tokenizer, text, length, count, seed)
         found.append({"context": length} | {name: asdict(retrieval(model, given)) for name, model in models.items()})
+    report("retrieval", 1.0, {})
     return found

@@ -28,12 +28,17 @@ def call_directly(model: Any, work: Callable[..., Any], *arguments: Any) -> Any:
 
 @torch.no_grad()
 def measure_quality(
-    teacher: Teacher, student: Any, rows: PackedRows, call: Callable[..., Any] = call_directly
+    teacher: Teacher,
+    student: Any,
+    rows: PackedRows,
+    call: Callable[..., Any] = call_directly,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> Fidelity:
     """Compare `student`, a causal language model, with its teacher over the predictions of `rows` that count.
 
     Each computes on its own device in its own dtype; logits are taken to float32, sums to float64. In a distributed run
     every process takes a share of the rows; all get the result. Raises `HealingError` for NaN, and for nothing to measure.
+    `on_progress` is told the share done.
     """
     world, rank = _world()
     sums = torch.zeros(5, dtype=torch.float64)  # NLL of the teacher, of the student, KL, agreeing, tokens
@@ -41,6 +46,7 @@ def measure_quality(
     student.eval()
     try:
         for start in range(0, len(rows), _ROWS_PER_BATCH * world):
+            on_progress(start / len(rows))
             mine = range(start + rank, min(start + _ROWS_PER_BATCH * world, len(rows)), world)
             # sharded models need every process in every forward: one without a row of its own looks at row 0, uncounted
             batch = [rows[number] for number in mine] or [rows[0]]

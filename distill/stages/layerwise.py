@@ -82,13 +82,14 @@ class LayerwiseStage:
         healed: Tensor | None = None
         chained = self._options.layer_inputs == "healed"
         for view in self._stream.layers():
-            on_progress("layers", view.number / len(self._plan.layers), {"layer": float(view.number)})
+            tell = self._layer_progress(view.number, on_progress)
+            tell(0.0)
             if chained:
                 healed = view.inputs.clone() if healed is None else healed
             mine = view.number % self._share[1] == self._share[0]
             factors = None
             if self._config.layer(view.number) is not None and (chained or mine):
-                factors = self._healed_layer(view, view.inputs if healed is None else healed)
+                factors = self._healed_layer(view, view.inputs if healed is None else healed, tell)
             if healed is not None:
                 self._advance(view, healed, factors)
         on_progress("layers", 1.0, {})
@@ -115,7 +116,13 @@ class LayerwiseStage:
     def _converted(self) -> list[int]:
         return [number for number in range(len(self._plan.layers)) if self._config.layer(number) is not None]
 
-    def _healed_layer(self, view: LayerView, inputs: Tensor) -> MlaAttention:
+    def _layer_progress(self, number: int, on_progress: Progress) -> Callable[[float], None]:
+        """Takes the share done of a layer."""
+        count = len(self._plan.layers)
+        figures = {"layer": float(number + 1), "of": float(count)}
+        return lambda share: on_progress("layers", (number + share) / count, figures)
+
+    def _healed_layer(self, view: LayerView, inputs: Tensor, on_progress: Callable[[float], None]) -> MlaAttention:
         kept = self._load(view.number)
         if kept is None:
             source = read_attention(self._plan, self._source_reader, view.number, self._device)
@@ -123,7 +130,7 @@ class LayerwiseStage:
                 view, source, inputs, self._windows.ids.shape[0], self._refine_options(), self._context(view)
             )
             with torch.random.fork_rng(devices=[]):
-                refined = refinement.run(self._own_layer(view.number))
+                refined = refinement.run(self._own_layer(view.number), on_progress)
             kept = {"factors": vars(refined.factors), "errors": refined.errors, "kept": refined.kept}
             self._save(view.number, kept)
         factors = MlaAttention(**kept["factors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from xeco_convert.calibration.text import load_tokenizer, read_records
+from xeco_convert.calibration.files import read_records
+from xeco_convert.calibration.records import checked_messages, fields_in_words, template_variables
+from xeco_convert.calibration.text import load_tokenizer
 from xeco_convert.errors import CheckpointError, OptionError
 
 from ..arguments import accumulation, batch_rows, training_arguments
@@ -48,7 +51,8 @@ def prefer(
     """
     dpo = _trl()
     options = plan.options
-    chosen, held_out = _split(read_preferences(str(options.preferences)))
+    tokenizer = load_tokenizer(plan.student.folder)
+    chosen, held_out = _split(read_preferences(str(options.preferences), tokenizer))
     policy, reference = load_model(start, torch.float32), load_model(start, torch.float32)
     choose_trained(policy, options.train)
     folder = work.path("dpo")
@@ -60,7 +64,6 @@ def prefer(
     callbacks: list[TrainerCallback] = [
         *(stop, MarkWhole(), _StopAtNan(), ProgressReports(report, per_step * plan.seq_length, "dpo"))
     ]
-    tokenizer = load_tokenizer(plan.student.folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -92,20 +95,25 @@ def prefer(
     return {"steps": trainer.state.global_step, "pairs": len(chosen), "held_out_accuracy": last, "history": history}
 
 
-def read_preferences(name: str) -> list[dict[str, Any]]:
-    """Records with prompt, chosen and rejected: all text, or all lists of messages. Raises `DataError`."""
+def read_preferences(name: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Records with prompt, chosen and rejected: all text, or all lists of messages; with the tools of a chat as JSON, which
+    TRL takes. Raises `DataError`."""
     found: list[dict[str, Any]] = []
     try:
         for record in read_records(name, "--preferences"):
-            found.append(_checked(record, name))
+            found.append(_checked(record, name, tokenizer))
     except CheckpointError as error:
         raise DataError(str(error)) from None
     if len(found) < 2:
         raise DataError(f"--preferences: {name} holds {len(found)} records, expected at least 2; give more.")
+    if len({type(record["prompt"]) for record in found}) > 1:
+        raise DataError(
+            f"--preferences: {name} holds text and lists of messages, expected one of them; divide the file."
+        )
     return found
 
 
-def _checked(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _checked(record: Mapping[str, Any], name: str, tokenizer: Any) -> dict[str, Any]:
     """prompt, chosen and rejected of a record. Where the answers are whole chats (UltraFeedback and its kin), what they
     begin with alike is the prompt."""
     prompt, chosen, rejected = (record.get(key) for key in _FIELDS)
@@ -115,13 +123,27 @@ def _checked(record: Mapping[str, Any], name: str) -> dict[str, Any]:
             same += 1
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     values = [prompt, chosen, rejected]
-    if not (all(isinstance(v, str) for v in values) or all(isinstance(v, list) for v in values)) or not all(values):
-        found = ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(record.items())) or "no fields"
+    if all(isinstance(value, str) and value for value in values):
+        return dict(zip(_FIELDS, values, strict=True))
+    if not all(isinstance(value, list) and value for value in values):
         raise DataError(
             f"--preferences: {name}: expected records with {', '.join(_FIELDS)}, each text or a list of messages and none "
-            f"empty, found {found}."
+            f"empty, found {fields_in_words(record)}."
         )
-    return dict(zip(_FIELDS, values, strict=True))
+    try:
+        chats = {key: checked_messages(value or []) for key, value in zip(_FIELDS, values, strict=True)}
+        return {**chats, **_tools(template_variables(record, tokenizer))}
+    except ValueError as error:
+        raise DataError(f"--preferences: {name}: a chat cannot be used ({error}); change that record.") from None
+
+
+def _tools(variables: dict[str, Any]) -> dict[str, str]:
+    """A chat's tools, as text: one column of a table cannot hold tools of different fields. Raises `ValueError` for further
+    variables of the template, which TRL takes the same for all records."""
+    others = sorted(set(variables) - {"tools"})
+    if others:
+        raise ValueError(f"{others[0]} cannot be given to the chat template in preferences")
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
 
 
 def _split(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -153,7 +175,8 @@ def _arguments(
 def _data_set(records: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(records)
+    columns = dict.fromkeys(column for record in records for column in record)
+    return Dataset.from_list([{column: record.get(column) for column in columns} for record in records])
 
 
 def _trl() -> Any:

@@ -1,6 +1,7 @@
 """What stops a conversion in the middle: signals, full disks, folders that cannot be written. Nothing is left behind."""
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -89,6 +90,94 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert done.stderr.strip().splitlines()[-1] == "xeco-convert: interrupted; nothing was written."
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+LAYERS_DONE = "; what was finished is kept in {work}, and the same command continues from there."
+NO_WORK_FOLDER = ". With --work-dir FOLDER finished layers are kept, and the same command goes on from them."
+COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "convert": (("{source}", "{out}", "--rank", "12"), "interrupted; nothing was written" + NO_WORK_FOLDER),
+    "convert with a folder": (
+        ("{source}", "{out}", "--rank", "12", "--work-dir", "{work}"),
+        "interrupted; nothing was written" + LAYERS_DONE,
+    ),
+    "sweep": (("sweep", "{source}", "--kv-sizes", "50"), "interrupted; nothing was written" + NO_WORK_FOLDER),
+    "sweep with a folder": (
+        ("sweep", "{source}", "--kv-sizes", "50", "--work-dir", "{work}"),
+        "interrupted; nothing was written" + LAYERS_DONE,
+    ),
+    "export": (("export", "{converted}", "{out}"), "interrupted; nothing was written."),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_is_kept_and_how_to_go_on(
+    command: str, number: signal.Signals, source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two signals, as `timeout` and torchrun send them: the second does not disturb what the first makes the command do."""
+
+    def read(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TensorReader, "read", read)
+    monkeypatch.setattr("xeco_convert.export.pipeline._write_weights", read)
+    places = {"source": source, "converted": converted, "out": tmp_path / "out", "work": tmp_path / "work"}
+    arguments, sentence = COMMANDS[command]
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(**places) for argument in arguments])
+    name = f"xeco-convert {arguments[0]}" if arguments[0] in ("sweep", "export") else "xeco-convert"
+    assert stopped.value.code == 1
+    assert said.getvalue().splitlines()[-1] == f"{name}: {sentence.format(**places)}"
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert ((tmp_path / "work").exists()) is ("--work-dir" in arguments)
+
+
+def test_a_signal_behind_the_work_does_not_deny_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("xeco_convert.cli._show_report", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(source), str(tmp_path / "out"), *PAPER])
+    assert stopped.value.code == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == f"xeco-convert: interrupted; {tmp_path / 'out'} was written whole, only the report was not."
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("moment", ["sampling calibration text", "layer 2 of 3", "layer 3 of 3"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_process_stops_at_any_moment_and_goes_on(
+    number: signal.Signals, moment: str, source: Path, tmp_path: Path
+) -> None:
+    """Started as Slurm and CI do it, without a terminal; the progress in the log says when to stop it."""
+    arguments = [str(source), str(tmp_path / "out"), "--rank", "8", "--calibration-tokens", "1024"]
+    arguments += ["--refine", "--refine-steps", "400", "--work-dir", str(tmp_path / "work")]
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(COMMAND), *arguments],
+            stdout=stream,
+            stderr=stream,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        )
+        tick = threading.Event()
+        while process.poll() is None and moment not in log.read_text():
+            tick.wait(0.005)
+        process.send_signal(number)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 1
+    lines = log.read_text().splitlines()
+    assert "Traceback" not in log.read_text() and "\r" not in log.read_text()
+    assert lines[-1] == "xeco-convert: interrupted; nothing was written" + LAYERS_DONE.format(work=tmp_path / "work")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    kept = {file.name for file in (tmp_path / "work").glob("*.pt")}
+    assert ("windows.pt" in kept) is (moment != "sampling calibration text")
+    assert ("factors-0.pt" in kept) is moment.startswith("layer")
 
 
 def test_a_signal_in_the_middle_keeps_the_old_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from xeco_convert.errors import CheckpointError
 from xeco_convert.pretrained import load_causal_lm
 
 _BATCH_ROWS = 32
+Share = Callable[[float], None]
 
 
 @torch.no_grad()
 def sample_windows(
-    folder: Path, *, weights_bytes: int, length: int, num_tokens: int, seed: int, device: torch.device
+    folder: Path,
+    *,
+    weights_bytes: int,
+    length: int,
+    num_tokens: int,
+    seed: int,
+    device: torch.device,
+    on_progress: Share | None = None,
 ) -> CalibrationWindows:
     """About `num_tokens` tokens sampled at temperature 1 from the model in `folder`, in windows of `length`.
 
@@ -25,23 +34,29 @@ def sample_windows(
     _check_memory(folder, weights_bytes, device)
     model = load_causal_lm(folder, "auto").to(device).eval()
     rows = max(1, -(-num_tokens // length))
-    ids, counts = sample_rows(model, rows, length, seed)
+    ids, counts = sample_rows(model, rows, length, seed, on_progress=on_progress)
     return CalibrationWindows(ids=ids, counts=counts, description=f"{rows} samples of the source model").checked(None)
 
 
 @torch.no_grad()
 def sample_rows(
-    model: Any, rows: int, length: int, seed: int, rows_per_batch: int = _BATCH_ROWS
+    model: Any,
+    rows: int,
+    length: int,
+    seed: int,
+    rows_per_batch: int = _BATCH_ROWS,
+    on_progress: Share | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [rows, length] sampled at temperature 1 from a causal language model, and which of them count (bool).
 
-    The same seed gives the same tokens; torch's own random state is left as it was.
+    The same seed gives the same tokens; torch's own random state is left as it was. `on_progress` is told the share done.
     """
     start = _start_token(model.config)
+    count = None if on_progress is None else _TokenCount(rows * length, on_progress)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         parts = [
-            _sample(model, min(rows_per_batch, rows - done), length, start).cpu()
+            _sample(model, min(rows_per_batch, rows - done), length, start, count).cpu()
             for done in range(0, rows, rows_per_batch)
         ]
     ids = torch.cat(parts)
@@ -49,7 +64,21 @@ def sample_rows(
     return ids, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
 
 
-def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
+class _TokenCount:
+    """What transformers hands new tokens to: only counts them."""
+
+    def __init__(self, wanted: int, on_progress: Share) -> None:
+        self._wanted, self._on_progress, self._count = wanted, on_progress, 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self._count += tokens.numel()
+        self._on_progress(min(1.0, self._count / self._wanted))
+
+    def end(self) -> None:
+        """The end of a batch."""
+
+
+def _sample(model: Any, rows: int, length: int, start: int, count: _TokenCount | None) -> torch.Tensor:
     """Token ids [rows, length]. A sequence that ends goes on with the next one, as packed training text does."""
     from transformers import GenerationConfig
 
@@ -64,7 +93,9 @@ def _sample(model: Any, rows: int, length: int, start: int) -> torch.Tensor:
         pad_token_id=0,
     )
     kept, model.generation_config = model.generation_config, settings
-    tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    tokens: torch.Tensor = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=count
+    )
     model.generation_config = kept
     return tokens
 

@@ -29,7 +29,10 @@ _BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more 
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
 _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
 _MOST_PROBES = 4  # totals at which a layer is refined for a look
+_PROBE_SHARE = 0.6  # of a layer's time that they take, about: for the progress
 
+# Takes the share that is done.
+Share = Callable[[float], None]
 # Refines a layer for a look: the factors, and the share of their error that is left.
 Probe = Callable[[MlaAttention], tuple[MlaAttention, float]]
 
@@ -64,13 +67,21 @@ class Survey:
         self._branches: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def advance_branches(self, view: LayerView) -> None:
+    def advance_branches(self, view: LayerView, on_progress: Share = lambda share: None) -> None:
         """Move the branches of the layers below through this one."""
-        for branch in self._branches.values():
+        for number, branch in enumerate(self._branches.values()):
+            on_progress(number / len(self._branches))
             branch.copy_(view.run(branch))
 
     @torch.no_grad()
-    def add(self, view: LayerView, source: SourceAttention, layer: CalibratedLayer, probe: Probe | None = None) -> None:
+    def add(
+        self,
+        view: LayerView,
+        source: SourceAttention,
+        layer: CalibratedLayer,
+        probe: Probe | None = None,
+        on_progress: Share = lambda share: None,
+    ) -> None:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
@@ -84,12 +95,19 @@ class Survey:
             lost = mla_output(factors(offer), heads, few, context) - target
             return float(lost.square().sum() / target.square().sum())
 
-        errors = {offer: error(offer) for offer in offers}
+        of_probes = 0.0 if probe is None else _PROBE_SHARE
+        errors: dict[Widths, float] = {}
+        for number, offer in enumerate(offers):
+            on_progress((1 - of_probes) * number / len(offers))
+            errors[offer] = error(offer)
         # the branch stands for what this layer will be: the best of those that take the average
         branch = best_of_total(errors, self._average)
         made = factors(branch)
         if probe is not None:
-            refined = {offer: probe(factors(offer)) for offer in probed_offers(errors, branch)}
+            refined, probed = {}, probed_offers(errors, branch)
+            for number, offer in enumerate(probed):
+                on_progress(1 - of_probes * (1 - number / len(probed)))
+                refined[offer] = probe(factors(offer))
             made = refined[branch][0]
             errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()})
         if view.number in self._branching:

@@ -7,6 +7,7 @@ tokens; what the norm still changes is measured as KL of the model's predictions
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,13 @@ def attentions(model: Any) -> list[LatentSelfAttention]:
 
 
 @torch.no_grad()
-def with_latent_norms(model: Any, folder: Path, *, weights_bytes: int, seed: int) -> NormStep:
+def with_latent_norms(
+    model: Any, folder: Path, *, weights_bytes: int, seed: int, on_progress: Callable[[float], None] | None = None
+) -> NormStep:
     """The model in `folder` (float32, loaded as `model`) with a norm on every latent.
 
-    Layers without one get it in the steadiest basis, over tokens that the model writes itself.
+    Layers without one get it in the steadiest basis, over tokens that the model writes itself. `on_progress` is told the share
+    of that text.
     """
     lacking = [module for module in attentions(model) if module.kv_a_layernorm is None]
     if not lacking:
@@ -53,6 +57,7 @@ def with_latent_norms(model: Any, folder: Path, *, weights_bytes: int, seed: int
         num_tokens=_NUM_WINDOWS * _WINDOW_TOKENS,
         seed=seed,
         device=torch.device("cpu"),
+        on_progress=on_progress,
     )
     latents = _latents(model, lacking, windows.ids, windows.counts)
     before = copy.deepcopy(model)

@@ -31,6 +31,7 @@ REPORT_FILE = "xeco_export.json"
 _CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Progress = Callable[[str, float], None]
+_SAMPLING_SHARE, _WRITTEN_SHARE = 0.2, 0.8  # of the work, when these are done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,15 @@ def export_checkpoint(
     values = read_config(index.config, index.folder / "config.json").to_dict()
     layout = make_layout(values, family, TARGETS[options.target], index.headers)
     dtype = _stored_dtype(index, layout)
-    progress("latent norms", 0.0)
+    progress("loading the model", 0.0)
     model = load_causal_lm(index.folder, torch.float32).eval()
     weights_bytes = sum(header.num_bytes for header in index.headers.values())
-    step = with_latent_norms(model, index.folder, weights_bytes=weights_bytes, seed=options.seed)
+    step = with_latent_norms(
+        *(model, index.folder),
+        weights_bytes=weights_bytes,
+        seed=options.seed,
+        on_progress=lambda share: progress("sampling text for the latent norms", _SAMPLING_SHARE * share),
+    )
     state = _replaced(step.model) if step.fidelity is not None else {}
     writer = CheckpointWriter(
         Path(output),
@@ -106,7 +112,7 @@ def export_checkpoint(
     with writer:
         _write_weights(writer, layout, index, dtype, state, step.model, progress)
         _write_companions(writer, layout, index, dtype)
-        progress("compare with transformers' own class", 0.8)
+        progress("comparing with transformers' own class", _WRITTEN_SHARE)
         writer.flush()
         comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
         report = _report(options, layout, step.fidelity, comparison)
@@ -165,7 +171,7 @@ def _write_weights(
     with torch.no_grad():
         for done, (name, tensor) in enumerate(stock_tensors(layout, read, norm_weight)):
             writer.write(name, [tensor.to(_TORCH_DTYPES[dtype])])
-            progress(name, 0.2 + 0.6 * done / count)
+            progress(f"writing {name}", _SAMPLING_SHARE + (_WRITTEN_SHARE - _SAMPLING_SHARE) * done / count)
 
 
 def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, dtype: str) -> None:

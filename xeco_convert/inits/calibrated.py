@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,10 @@ _MEASURED_WINDOWS = 8
 _PROBE_WINDOWS = 32  # for the short regressions of the survey
 _PROBE_HELD_OUT = 4
 _PROBE_SHARE = 0.05  # of a layer's time, where that is limited, for each of them
-_SURVEY_SHARE = 0.4  # of the work, where there is a survey: for the progress bar
+_SAMPLING_SHARE = 0.1  # of the work, where text is sampled: for the progress
+_CLOSED_FORM_SHARE = 0.2  # of a layer, where it is refined
+_BRANCHES_SHARE = 0.3  # of a layer's survey, about
+_SURVEY_SHARE = 0.4  # of the rest, where there is a survey
 
 
 class CalibratedInitialisation:
@@ -63,6 +66,7 @@ class CalibratedInitialisation:
         self._on_progress = on_progress
         self._reader = TensorReader(plan.index)
         self._surveyed = not plan.ranks_are_final
+        self._done = 0.0  # share of the work that the calibration text was
         on_progress("calibration text", 0.0)
         self._work = WorkFolder(plan)
         # windows and statistics do not depend on the widths, factors do
@@ -93,11 +97,12 @@ class CalibratedInitialisation:
         first = _SURVEY_SHARE if self._surveyed else 0.0
         converted: Tensor | None = None
         for view in self._stream.layers():
-            self._on_progress(f"layer {view.number}", first + (1 - first) * view.number / len(self._plan.layers))
+            tell = self._layer_progress("layer", view.number, first, 1.0)
+            tell(0.0)
             converted = view.inputs.clone() if converted is None else converted
             factors = None
             if self._plan.layers[view.number].shape is not None:
-                layer = self._convert(view, converted)
+                layer = self._convert(view, converted, tell)
                 factors = layer.factors
                 yield layer
             self._advance(view, converted, factors)
@@ -105,6 +110,7 @@ class CalibratedInitialisation:
         assert converted is not None
         measured = slice(self._num_calibrated, None)
         windows = self._windows
+        self._tell("measuring", 1.0)
         if windows.counts[measured].any():
             self._fidelity = stream_fidelity(
                 self._stream.output_head(),
@@ -152,7 +158,8 @@ class CalibratedInitialisation:
         for view in self._surveyed_views(survey):
             source = self._source(view)
             probe = self._probe(view, source) if plan.options.refine else None
-            survey.add(view, source, self._calibrated_layer(view, source), probe)
+            tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
+            survey.add(view, source, self._calibrated_layer(view, source), probe, tell)
         costs = survey.costs(view.inputs, self._stream.output_head())
         if plan.options.portable:
             return list(same_widths(costs, budget))
@@ -174,12 +181,27 @@ class CalibratedInitialisation:
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
         """The converted layers of a first pass."""
         for view in self._stream.layers():
-            share = _SURVEY_SHARE * view.number / len(self._plan.layers)
-            self._on_progress(f"survey of layer {view.number}", share)
+            tell = self._survey_progress(view, 0.0, _BRANCHES_SHARE)
+            tell(0.0)
             if survey is not None:
-                survey.advance_branches(view)
+                survey.advance_branches(view, tell)
             if self._plan.layers[view.number].shape is not None:
                 yield view
+
+    def _tell(self, what: str, share: float) -> None:
+        """Progress of what follows the calibration text."""
+        self._on_progress(what, self._done + (1 - self._done) * share)
+
+    def _layer_progress(self, what: str, number: int, start: float, end: float) -> Callable[[float], None]:
+        """Takes the share done of a layer, in a pass over the layers from `start` to `end` of the whole."""
+        count = len(self._plan.layers)
+        words = f"{what} {number + 1} of {count}"
+        return lambda share: self._tell(words, start + (end - start) * (number + share) / count)
+
+    def _survey_progress(self, view: LayerView, start: float, end: float) -> Callable[[float], None]:
+        """Takes the share done of one part of a layer's survey, from `start` to `end` of it."""
+        tell = self._layer_progress("survey of layer", view.number, 0.0, _SURVEY_SHARE)
+        return lambda share: tell(start + (end - start) * share)
 
     def _source(self, view: LayerView) -> SourceAttention:
         return read_attention(self._plan, self._reader, view.number, self._device)
@@ -188,10 +210,14 @@ class CalibratedInitialisation:
         """The calibration windows, from the work folder where an earlier run left them."""
         kept = self._measurements.load("windows")
         if kept is None:
-            windows = _calibration_windows(self._plan, self._device)
+            windows = _calibration_windows(self._plan, self._device, self._sampling_progress)
             kept = {"ids": windows.ids, "counts": windows.counts, "description": windows.description}
             self._measurements.save("windows", kept)
         return CalibrationWindows(**kept)
+
+    def _sampling_progress(self, share: float) -> None:
+        self._done = _SAMPLING_SHARE * share
+        self._on_progress("sampling calibration text", self._done)
 
     @torch.no_grad()
     def _with_linear_keys(self, view: LayerView, source: SourceAttention) -> tuple[SourceAttention, dict[str, Any]]:
@@ -242,12 +268,12 @@ class CalibratedInitialisation:
         )
         warnings.warn(self._warned[layer], XecoWarning, stacklevel=2)
 
-    def _convert(self, view: LayerView, converted: Tensor) -> ConvertedLayer:
+    def _convert(self, view: LayerView, converted: Tensor, on_progress: Callable[[float], None]) -> ConvertedLayer:
         name = f"factors-{view.number}"
         source = self._source(view)
         kept = self._work.load(name)
         if kept is None:
-            factors, errors, details = self._factorised(view, source, converted)
+            factors, errors, details = self._factorised(view, source, converted, on_progress)
             kept = {"factors": vars(factors), "errors": vars(errors), "details": details}
             self._work.save(name, kept)
         factors = MlaAttention(**kept["factors"])
@@ -260,7 +286,7 @@ class CalibratedInitialisation:
         )
 
     def _factorised(
-        self, view: LayerView, source: SourceAttention, converted: Tensor
+        self, view: LayerView, source: SourceAttention, converted: Tensor, on_progress: Callable[[float], None]
     ) -> tuple[MlaAttention, LayerErrors, dict[str, Any]]:
         """Closed form, refit and, where asked for, regression of one layer."""
         shape = self._plan.layers[view.number].shape
@@ -280,8 +306,9 @@ class CalibratedInitialisation:
             **norm,
         }
         if self._plan.options.refine:
+            tell = lambda share: on_progress(_CLOSED_FORM_SHARE + (1 - _CLOSED_FORM_SHARE) * share)  # noqa: E731
             refined = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options()).run(
-                factors
+                factors, tell
             )
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
@@ -360,7 +387,9 @@ def _held_out_from(num_windows: int) -> int:
     return num_windows - max(1, num_windows // 8)
 
 
-def _calibration_windows(plan: ConversionPlan, device: torch.device) -> CalibrationWindows:
+def _calibration_windows(
+    plan: ConversionPlan, device: torch.device, on_progress: Callable[[float], None]
+) -> CalibrationWindows:
     """The windows that the options ask for, and some more for measuring."""
     options = plan.options
     longest = plan.source.values.get("max_position_embeddings")
@@ -376,4 +405,5 @@ def _calibration_windows(plan: ConversionPlan, device: torch.device) -> Calibrat
         num_tokens=num_tokens,
         seed=options.seed,
         device=device,
+        on_progress=on_progress,
     )

@@ -32,7 +32,9 @@ class PaperInitialisation:
             return self._plan
         spectra = []
         for done, layer in enumerate(self._plan.converted_layers):
-            self._on_progress(f"spectrum of layer {layer}", done / len(self._plan.converted_layers) / self._passes)
+            self._on_progress(
+                f"spectrum of {self._place(layer)}", done / len(self._plan.converted_layers) / self._passes
+            )
             source = read_attention(self._plan, self._reader, layer, self._device)
             spectra.append(paper_spectrum(source).cpu().numpy())
         ranks = energy_ranks(spectra, options.energy, ends=options.rank if options.fixed_ends else None)
@@ -49,7 +51,7 @@ class PaperInitialisation:
         """Each layer from its weights."""
         count = len(self._plan.converted_layers)
         for done, layer in enumerate(self._plan.converted_layers):
-            self._on_progress(f"layer {layer}", (self._passes - 1 + done / count) / self._passes)
+            self._on_progress(self._place(layer), (self._passes - 1 + done / count) / self._passes)
             shape = self._plan.layers[layer].shape
             assert shape is not None
             source = read_attention(self._plan, self._reader, layer, self._device)
@@ -57,6 +59,9 @@ class PaperInitialisation:
             yield ConvertedLayer(
                 layer=layer, source=source, factors=factors, errors=paper_errors(source, factors, shape)
             )
+
+    def _place(self, layer: int) -> str:
+        return f"layer {layer + 1} of {len(self._plan.layers)}"
 
     def summary(self) -> dict[str, Any]:
         """Nothing beyond the layers: this initialisation sees no text."""

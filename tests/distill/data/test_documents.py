@@ -147,14 +147,14 @@ def test_without_an_assistant_turn_nothing_is_left(tmp_path: Path, tokenizer: An
         read(jsonl(tmp_path, {"messages": CHAT[:1]}), tokenizer, assistant_only=True)
 
 
-def test_preferences_are_checked(tmp_path: Path) -> None:
+def test_preferences_are_checked(tmp_path: Path, tokenizer: Any) -> None:
     good = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    assert read_preferences(jsonl(tmp_path, good, good)) == [good, good]
+    assert read_preferences(jsonl(tmp_path, good, good), tokenizer) == [good, good]
     chats = {"prompt": "hello", "chosen": CHAT[:2], "rejected": [CHAT[0], CHAT[3]]}
-    (found, _) = read_preferences(jsonl(tmp_path, chats, chats))
+    (found, _) = read_preferences(jsonl(tmp_path, chats, chats), tokenizer)
     assert found == {"prompt": CHAT[:1], "chosen": CHAT[1:2], "rejected": CHAT[3:4]}
     for bad in ({"prompt": "p", "chosen": "c"}, {**good, "rejected": ""}, {**good, "rejected": ["r"]}):
         with pytest.raises(DataError, match="expected records with prompt, chosen, rejected"):
-            read_preferences(jsonl(tmp_path, good, bad))
+            read_preferences(jsonl(tmp_path, good, bad), tokenizer)
     with pytest.raises(DataError, match="holds 1 records, expected at least 2"):
-        read_preferences(jsonl(tmp_path, good))
+        read_preferences(jsonl(tmp_path, good), tokenizer)
