@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A run in the background (nohup, a script's &) has Ctrl-C turned off, which processes inherit: tests of interrupts need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What torch.compile keeps between runs was compiled for whatever processor settings that run had, and breaks under others. One
+# folder for all workers of pytest-xdist, which inherit it.
+_COMPILED = tempfile.TemporaryDirectory(prefix="xeco_test_compiled_")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 _MODULES = tempfile.TemporaryDirectory(prefix="xeco_test_modules_")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
@@ -32,6 +40,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 def _modules_cache() -> Iterator[None]:
     yield
     _MODULES.cleanup()
+    _COMPILED.cleanup()
 
 
 @pytest.fixture(scope="session")

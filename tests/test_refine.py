@@ -1,4 +1,4 @@
-"""Refinement: balancing changes no function, and a stage is kept only where the held-out error drops."""
+"""Refinement: a stage is kept only where the held-out error drops."""
 
 from __future__ import annotations
 
@@ -7,63 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import VARIANTS, build_checkpoint, random_attention, random_ids
-from calibrated_layers import calibrated, context_of, gaussian_inputs
+from builders import VARIANTS, build_checkpoint, random_ids
 
 from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output, split_up_projection
+from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
-from xeco_convert.refine import LayerRefinement, RefineOptions, balance_scales
-
-
-@pytest.mark.parametrize("bias", ["", "qkvo"])
-@pytest.mark.parametrize("kv_b_bias", [False, True])
-@pytest.mark.parametrize("q_rank", [None, 10])
-@pytest.mark.parametrize("latent_norm", [False, True])
-def test_balancing_changes_no_output(bias: str, kv_b_bias: bool, q_rank: int | None, latent_norm: bool) -> None:
-    source, x = random_attention(4, 2, bias=bias), gaussian_inputs()
-    context = context_of(source)
-    layer = calibrated(source, x, context, with_inputs=True)
-    mla = layer.factors(9, 4, q_lora_rank=q_rank, latent_norm=latent_norm)
-    if kv_b_bias:  # keys' part moves all scores of a query alike; values' part is added
-        generator = torch.Generator().manual_seed(2)
-        mla = dataclasses.replace(mla, kv_b_bias=torch.randn(64, generator=generator, dtype=torch.float64))
-    balanced = balance_scales(mla, 4)
-    torch.testing.assert_close(
-        mla_output(balanced, 4, x, context), mla_output(mla, 4, x, context), rtol=1e-9, atol=1e-9
-    )
-    assert balanced.rope_index == mla.rope_index and balanced.tensors().keys() == mla.tensors().keys()
-    if latent_norm:
-        torch.testing.assert_close(balanced.kv_a_weight[:9], mla.kv_a_weight[:9])
-
-
-def test_factors_that_face_each_other_get_one_scale() -> None:
-    source, x = random_attention(4, 2), gaussian_inputs()
-    mla = balance_scales(calibrated(source, x, context_of(source)).factors(9, 4), 4)
-    assert mla.q_weight is not None
-    w_uk, w_uv = split_up_projection(mla, 4)
-    queries = mla.q_weight.view(4, 12, 32)
-    for head in range(4):
-        torch.testing.assert_close(w_uk[head].square().mean(), queries[head, :8].square().mean())
-        torch.testing.assert_close(w_uv[head].square().mean(), mla.o_weight.view(32, 4, 8)[:, head].square().mean())
-    for pair in range(2):
-        rows = mla.kv_a_weight[[9 + pair, 11 + pair]]
-        torch.testing.assert_close(rows.square().mean(), queries[:, [8 + pair, 10 + pair]].square().mean())
-
-
-def test_zero_weights_stay_finite() -> None:
-    source, x = random_attention(4, 2), gaussian_inputs()
-    mla = calibrated(source, x, context_of(source)).factors(9, 4)
-    empty = mla.with_tensors({"o_weight": torch.zeros_like(mla.o_weight), "q_weight": torch.zeros_like(mla.q_weight)})  # type: ignore[arg-type]
-    assert all(bool(tensor.isfinite().all()) for tensor in balance_scales(empty, 4).tensors().values())
+from xeco_convert.refine import LayerRefinement, RefineOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ Letters: W windows, T tokens, X hidden_size, H heads, N qk_nope_head_dim, P qk_r
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.forward import AttentionContext, mla_output, source_output
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
@@ -233,56 +233,3 @@ def _shuffled(count: int, batch: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=generator)
         for start in range(0, max(1, count - batch + 1), batch):  # an incomplete last batch is left out
             yield order[start : start + batch]
-
-
-def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
-    """The same function with the free scales settled so that factors that face each other have equal rms.
-
-    Latent channels (kv_a rows against kv_b columns), rotary pairs (kv_a rows against query rows), un-rotated keys (kv_b
-    rows against query rows) and values (kv_b rows against o_proj columns) of each head. Adam moves all weights by the same
-    step, so factors in output units, whose scales differ by hundreds, would learn at rates that differ as much. A layer
-    with a latent norm keeps the scales of its latent, which the norm sees.
-    """
-    rank, rope = mla.kv_b_weight.shape[1], mla.qk_rope_head_dim
-    name = (
-        "q_head_weight" if mla.q_head_weight is not None else "q_weight" if mla.q_weight is not None else "q_b_weight"
-    )
-    query = getattr(mla, name)
-    q_HQX, kv_b_HUR = query.unflatten(0, (num_heads, -1)), mla.kv_b_weight.unflatten(0, (num_heads, -1))
-    o_XHV = mla.o_weight.unflatten(1, (num_heads, -1))
-    nope, width = q_HQX.shape[1] - rope, o_XHV.shape[2]
-    latent_R = _balance(_rms(mla.kv_a_weight[:rank], 1), _rms(kv_b_HUR, (0, 1)))
-    if mla.latent_norm_weight is not None:
-        latent_R = torch.ones_like(latent_R)
-    pairs = _balance(
-        _rms(mla.kv_a_weight[rank:].unflatten(0, (2, -1)), (0, 2)),
-        _rms(q_HQX[:, nope:].unflatten(1, (2, -1)), (0, 1, 3)),
-    )
-    rope_P = pairs.repeat(2)
-    kv_b_HUR = kv_b_HUR / latent_R
-    keys_H = _balance(_rms(kv_b_HUR[:, :nope], (1, 2)), _rms(q_HQX[:, :nope], (1, 2)))
-    values_H = _balance(_rms(kv_b_HUR[:, nope:], (1, 2)), _rms(o_XHV, (0, 2)))
-    up_HU = torch.cat([keys_H[:, None].expand(-1, nope), values_H[:, None].expand(-1, width)], dim=1).flatten()
-    down_R = torch.cat([latent_R, rope_P])
-    query_HQ = torch.cat([1 / keys_H[:, None].expand(-1, nope), (1 / rope_P).expand(num_heads, -1)], dim=1).flatten()
-    scaled = {
-        name: query * query_HQ[:, None],
-        # behind a norm the queries' own scale stays
-        "q_bias": mla.q_bias if mla.q_bias is None or mla.q_head_weight is not None else mla.q_bias * query_HQ,
-        "kv_a_weight": mla.kv_a_weight * down_R[:, None],
-        "kv_a_bias": None if mla.kv_a_bias is None else mla.kv_a_bias * down_R,
-        "kv_b_weight": kv_b_HUR.flatten(0, 1) * up_HU[:, None],
-        "kv_b_bias": None if mla.kv_b_bias is None else mla.kv_b_bias * up_HU,
-        "o_weight": (o_XHV / values_H[:, None]).flatten(1),
-    }
-    return dataclasses.replace(mla, **scaled)
-
-
-def _rms(weight: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    return weight.square().mean(dim=dims).sqrt()
-
-
-def _balance(own: Tensor, facing: Tensor) -> Tensor:
-    """What to multiply `own` by, and divide `facing` by, for equal rms; 1 where either is zero."""
-    usable = (own > 0) & (facing > 0)
-    return torch.where(usable, facing / torch.where(usable, own, 1.0), 1.0).sqrt()

@@ -68,8 +68,6 @@ def interrupted(slow_source: Path, tmp_path: Path) -> Callable[..., subprocess.C
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # a test run in the background has Ctrl-C turned off, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
         )
         tick = threading.Event()
         while process.poll() is None and not any(tmp_path.glob(".out.*/*.safetensors")):

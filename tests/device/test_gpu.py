@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from operands import COMMON, RULES, Sizes, assert_as_good_as_plain, finite, inputs, plain_torch
+from operands import COMMON, RULES, Sizes, finite, inputs
 from real import on_gpu
+from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention, latent_attention_decode, rope_and_append
@@ -54,21 +55,10 @@ def test_the_public_function_and_its_gradients_are_right_in_every_dtype(dtype: t
 def test_every_width_decodes_and_attends(dtype: torch.dtype, rank: int, rope: int) -> None:
     for sizes in (Sizes(1, 3000, 32, rank, rope), Sizes(200, 300, 4, rank, rope)):
         tensors = on_device(sizes, dtype)
-        exact = latent_attention(*(x.double() for x in tensors), softmax_scale=sizes.softmax_scale)
-        plain = plain_torch(tensors, sizes, {})
         found = (latent_attention_decode if sizes.Q == 1 else latent_attention)(
             *tensors, softmax_scale=sizes.softmax_scale
         )
-        assert_as_good_as_plain([found[0]], [plain[0]], [exact[0]], dtype, sizes.num_terms)
-
-
-def gradients(function: Any, tensors: list[Tensor], sizes: Sizes, dtype: torch.dtype) -> list[Tensor]:
-    """Of a fixed function of out and lse, whose factors are numbers of `dtype`."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    results = function(leaves, sizes)
-    generator = torch.Generator("cuda").manual_seed(1)
-    factors = [torch.randn(x.shape, generator=generator, device="cuda").to(dtype).to(x.dtype) for x in results]
-    return list(torch.autograd.grad(results, leaves, factors))
+        assert_rounded_as_predicted(found, predicted(tensors, sizes, {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,14 +67,12 @@ def gradients(function: Any, tensors: list[Tensor], sizes: Sizes, dtype: torch.d
 def test_every_width_has_its_gradients(dtype: torch.dtype, rank: int, rope: int) -> None:
     sizes = Sizes(130, 200, 4, rank, rope)
     tensors = on_device(sizes, dtype)
-
-    def op(given: list[Tensor], of: Sizes) -> tuple[Tensor, Tensor]:
-        return latent_attention(*given, softmax_scale=of.softmax_scale)
-
-    found = gradients(op, tensors, sizes, dtype)
-    plain = gradients(lambda given, of: plain_torch(given, of, {}), tensors, sizes, dtype)
-    exact = gradients(op, [x.double() for x in tensors], sizes, dtype)
-    assert_as_good_as_plain(found, plain, exact, dtype, sizes.num_terms)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = latent_attention(*leaves, softmax_scale=sizes.softmax_scale)
+    generator = torch.Generator("cuda").manual_seed(1)
+    factors = [torch.randn(x.shape, generator=generator, device="cuda").to(x.dtype) for x in results]
+    found = torch.autograd.grad(results, leaves, factors)
+    assert_rounded_as_predicted(found, predicted(tensors, sizes, {}, *factors)[2:])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import VOCABULARY, build_checkpoint, random_ids
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xeco_convert
@@ -112,6 +113,22 @@ def test_half_precision_is_kept_and_compared(tmp_path: Path) -> None:
     assert report.comparison.logits_difference < 0.25
 
 
+@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "llama.cpp"])
+def test_latent_rows_are_stored_with_the_bits_that_they_had(target: str, tmp_path: Path) -> None:
+    """Scaled by a power of two, at which the norm's eps acts as in our model within a factor of two."""
+    converted = convert(tmp_path, "llama", rank=12, rope_dim=8, dtype="bfloat16")
+    report = export_checkpoint(converted, tmp_path / "stock", ExportOptions(target=target))
+    ours, stock = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "stock"))
+    eps = [1e-5, 1e-6 if target == "transformers" else 1e-5]  # of config.json, and what the target's norm has
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
+        before, after = ours[name][:12].float(), stock[name][:12].float()
+        assert torch.equal(after.frexp().mantissa, before.frexp().mantissa)
+        scale = float(after.norm() / before.norm())
+        wanted = (eps[1] / eps[0] * report.kv_lora_rank / 12) ** 0.5
+        assert 0.5**0.5 <= scale / wanted <= 2**0.5
+
+
 def test_widths_that_differ_between_layers_are_padded(tmp_path: Path) -> None:
     converted = convert(tmp_path, "llama", energy=0.95, rope_dim=4)
     ranks = [layer["kv_lora_rank"] for layer in json.loads((converted / "config.json").read_text())["mla_layers"]]
@@ -139,6 +156,15 @@ def test_what_cannot_be_portable_is_refused_before_anything_is_computed(
     with pytest.raises(OptionError, match=f"--portable: .* cannot become DeepSeek-V3: .*{sentence}"):
         xeco_convert.convert(source, tmp_path / "out", portable=True, rank=8, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_sent_to_transformers_alone(tmp_path: Path) -> None:
+    source = build_checkpoint(tmp_path / "source", "qwen2", tokenizer=True)
+    xeco_convert.convert(source, tmp_path / "out", init="paper", rank=8)
+    with pytest.raises(
+        UnsupportedModelError, match=r"Serve the converted folder itself with transformers .* cannot load"
+    ):
+        export_checkpoint(tmp_path / "out", tmp_path / "stock")
 
 
 def test_repeated_frequencies_are_refused_with_the_way_out(tmp_path: Path) -> None:

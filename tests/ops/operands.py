@@ -1,4 +1,4 @@
-"""Inputs of the ops, plain torch in their dtype to compare with, and the rule of how much error is allowed.
+"""Inputs of the ops. How much error is allowed: rounding.py.
 
 Letters: B batch, Q query tokens, T cached tokens, H heads, R kv_lora_rank, P qk_rope_head_dim.
 """
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from xeco_convert.ops.latent_attention import visible_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,11 +22,6 @@ class Sizes(NamedTuple):
     R: int
     P: int
     B: int = 2
-
-    @property
-    def num_terms(self) -> int:
-        """Terms of the longest chain of sums behind one number."""
-        return self.R + self.P + self.T
 
     @property
     def softmax_scale(self) -> float:
@@ -109,42 +102,8 @@ def schema_order(sizes: Sizes, rule: dict[str, Any]) -> list[Any]:
     ]
 
 
-def plain_torch(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What plain torch gives in the dtype of the inputs: matrix products in it, softmax in float32 or better."""
-    q_latent, q_rope, c_kv, k_rope = tensors
-    starts, ends, positions, scale, causal, window, softcap = schema_order(sizes, rule)
-    visible = visible_tokens(q_latent, c_kv, starts, ends, positions, causal, window).unsqueeze(1)
-    scores = torch.einsum("bqhr,btr->bhqt", q_latent, c_kv) + torch.einsum("bqhp,btp->bhqt", q_rope, k_rope)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    lse = scores.logsumexp(dim=-1)
-    weights = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(dim=-1).masked_fill(~visible, 0.0)
-    return torch.einsum("bhqt,btr->bqhr", weights.to(q_latent.dtype), c_kv), lse
-
-
 def rms(tensor: Tensor) -> float:
     return float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
-
-
-def assert_as_good_as_plain(
-    fast: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype, num_terms: int = 0
-) -> None:
-    """error(fast) ≤ 2 · error(plain torch in the same dtype), both against float64, as root mean squares.
-
-    Always allowed, relative to the largest of the results: half a unit in the last place of the dtype (one token: plain
-    torch is exact by luck) and 1.5 of float32's: for results that cancel to zero, for sums without FMA (the scalar level)
-    and for BLAS on a lucky day (ratios up to 2.3 were seen). num_terms: R + P + T where all of them are summed one after
-    another, whose rounding is ε·√n/4.
-    """
-    single = torch.finfo(torch.float32).eps
-    rounding = max(torch.finfo(dtype).eps / 2, 1.5 * single, single * num_terms**0.5 / 4)
-    floor = rounding * max(map(rms, exact))
-    for number, (one, other, right) in enumerate(zip(fast, plain, exact, strict=True)):
-        assert one.shape == right.shape
-        error, allowed = rms(one.double() - right), 2 * max(rms(other.double() - right), floor)
-        assert error <= allowed, f"result {number}: error {error:.3g}, allowed {allowed:.3g}, size {rms(right):.3g}"
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequ
     if reason is not None:
         raise UnsupportedModelError(
             f"config.json: a {family.model_type} model cannot become DeepSeek-V3: {reason}. Serve the converted folder itself "
-            "(transformers, or vLLM's transformers backend)."
+            "with transformers (docs/serving.md); vLLM, SGLang and llama.cpp cannot load it."
         )
 
 

@@ -88,10 +88,8 @@ def _attention(
     rows = torch.cat([_padded(q_HQX[:, :nope], 1, layout.heads.nope), _in_slots(q_HQX[:, nope:], layout, layer)], dim=1)
     yield "q_proj", rows.flatten(0, 1)
     latent, rope = read(f"{module}.kv_a_proj_with_mqa.weight").split([rank, widths.qk_rope_head_dim])
-    # The norm's eps acts as in our model if the latent's mean square stands to it as there; padding lowers the mean.
     share = rank / layout.rank
-    latent = latent * math.sqrt(layout.norm_eps / layout.family.norm_eps(layout.config) / share)
-    latent = _padded(latent, 0, layout.rank)
+    latent = _padded(latent * _latent_scale(layout, share), 0, layout.rank)
     yield "kv_a_proj_with_mqa", torch.cat([latent, _in_slots(rope[None], layout, layer)[0]])
     yield "kv_a_layernorm", _padded(norm_weight * math.sqrt(share), 0, layout.rank)
     up_HUR = _padded(read(f"{module}.kv_b_proj.weight").unflatten(0, (heads, -1)), 2, layout.rank)
@@ -101,6 +99,14 @@ def _attention(
     yield "kv_b_proj", up_HUR.flatten(0, 1)
     o_XHV = read(f"{module}.o_proj.weight").unflatten(1, (heads, -1)) * residual
     yield "o_proj", _padded(o_XHV, 2, layout.heads.v).flatten(1)
+
+
+def _latent_scale(layout: ExportLayout, share: float) -> float:
+    """What latent rows are multiplied by, so that the norm's eps acts on them as in our model, where eps and, by padding, the
+    mean square differ. The nearest power of two, which rounds no stored weight: eps is then off by a factor of 2 at most, at
+    1e-6 to 1e-5 of a mean square of about 1."""
+    exact = math.sqrt(layout.norm_eps / layout.family.norm_eps(layout.config) / share)
+    return float(2.0 ** round(math.log2(exact)))
 
 
 def _in_slots(rows_HPX: Tensor, layout: ExportLayout, layer: int) -> Tensor:

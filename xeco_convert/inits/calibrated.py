@@ -26,6 +26,7 @@ from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import XecoWarning
 from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.balance import balance_for_storage
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
@@ -276,7 +277,7 @@ class CalibratedInitialisation:
             factors, errors, details = self._factorised(view, source, converted, on_progress)
             kept = {"factors": vars(factors), "errors": vars(errors), "details": details}
             self._work.save(name, kept)
-        factors = MlaAttention(**kept["factors"])
+        factors = balance_for_storage(MlaAttention(**kept["factors"]), source.num_attention_heads)
         return ConvertedLayer(
             layer=view.number,
             source=self._with_linear_keys(view, source)[0],
