@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from builders import build_checkpoint, random_attention, random_ids
+from builders import VARIANTS, build_checkpoint, random_attention, random_ids
 from calibrated_layers import calibrated, context_of, gaussian_inputs
 
 from xeco_convert.calibration import CalibrationWindows
@@ -14,7 +15,7 @@ from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, split_up_projection
+from xeco_convert.factorize.forward import mla_output, source_output, split_up_projection
 from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.inits.base import read_attention
@@ -152,3 +153,20 @@ def test_one_training_window_is_enough(setting: Setting) -> None:
     options = RefineOptions(steps=2)
     work = LayerRefinement(setting.view, setting.source, setting.view.inputs, 2, options)
     assert work.run(setting.start).errors.keys() == {"start", "refit", "scores", "regression"}
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"gemma2", "gemma3", "olmo2", "gpt_neox"}))
+@torch.no_grad()
+def test_an_attention_that_gives_its_target_makes_up_for_the_layers_below(variant: str, tmp_path: Path) -> None:
+    """Also where a multiplier stands between attention and residual stream (Granite). Not where a norm does (Gemma, OLMo 2),
+    nor where the feed-forward part reads the stream beside the attention (GPT-NeoX)."""
+    plan = make_plan(CheckpointIndex.open(build_checkpoint(tmp_path / "source", variant)), ConvertOptions(rank=4))
+    ids = random_ids(2, 16)
+    windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
+    view = next(SourceStream(plan, windows, torch.device("cpu")).layers())
+    source = read_attention(plan, TensorReader(plan.index), 0, torch.device("cpu"))
+    before = view.inputs
+    inputs = before + 0.3 * torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    output = source_output(source, view.normed(before), view.context())
+    found = view.run_with_attention(inputs, view.attention_target(before, output, inputs))
+    torch.testing.assert_close(found, view.run(before), rtol=1e-4, atol=1e-4)  # 1.5e-6 observed

@@ -34,7 +34,8 @@ class LayerView:
 
     `inputs` [W, T, X] float32: the residual stream before the layer. `layer`: the source's decoder layer in float32.
     `position_embeddings` and `mask` [1, 1, T, T] (boolean) are what it is called with; `cos` and `sin` [1, T, d] the same
-    tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built.
+    tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built;
+    `residual_scale` is what its parts are multiplied by before they are added (Granite).
     """
 
     number: int
@@ -48,6 +49,7 @@ class LayerView:
     family: FamilySpec
     norm_eps: float
     logit_softcap: float | None
+    residual_scale: float
 
     def context(self) -> AttentionContext:
         """What the attention is called with beside its input."""
@@ -95,7 +97,7 @@ class LayerView:
         `attention_output` makes of `before`. Where a norm stands between, the source's own output."""
         if self.family.post_attention_norm:
             return attention_output
-        return before + attention_output - inputs
+        return attention_output + (before - inputs) / self.residual_scale
 
     @property
     def attention(self) -> nn.Module:
@@ -172,6 +174,7 @@ class SourceStream:
                 family=family,
                 norm_eps=family.norm_eps(self._plan.index.config),
                 logit_softcap=attention_softcap(self._plan),
+                residual_scale=float(getattr(self._config, family.residual_scale)) if family.residual_scale else 1.0,
             )
             yield view
             with torch.no_grad():  # in place: the states before the layer are not needed again
