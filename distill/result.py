@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,19 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target: Path) -> None:
-    """`target`: every tensor of `student` in its stored dtype, with the values of `trained`; all other files as they are."""
-    readers = TensorReader(trained), TensorReader(student)
-    writer = CheckpointWriter(target, list(student.headers.values()), max_shard_bytes=_SHARD_BYTES, overwrite=True)
-    with writer:
-        for name, header in student.headers.items():
-            reader = readers[0] if name in trained.headers else readers[1]
+    """`target`: every tensor of `trained` in the dtype that `student` stores it in; all other files of `student` as they are.
+
+    What transformers saves under another name than `student` has is written under that name, in the most common dtype.
+    """
+    stored = {name: header.dtype for name, header in student.headers.items()}
+    usual = Counter(stored.values()).most_common(1)[0][0]
+    names = [*(name for name in stored if name in trained.headers), *sorted(set(trained.headers) - set(stored))]
+    headers = [dataclasses.replace(trained.headers[name], dtype=stored.get(name, usual)) for name in names]
+    reader = TensorReader(trained)
+    with CheckpointWriter(target, headers, max_shard_bytes=_SHARD_BYTES, overwrite=True) as writer:
+        for header in headers:
             dtype = _DTYPES[header.dtype]
-            writer.write(name, (chunk.to(dtype) for chunk in reader.read_chunks(name)))
+            writer.write(header.name, (chunk.to(dtype) for chunk in reader.read_chunks(header.name)))
         for path in sorted(student.folder.rglob("*")):
             relative = path.relative_to(student.folder)
             if path.is_file() and path.suffix != ".safetensors" and str(relative) not in _MADE_HERE:

@@ -98,7 +98,8 @@ def _same_file(first: Path, second: Path) -> bool:
 
 
 def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
-    """A causal language model of transformers from a folder, on the CPU. Raises `CheckpointError` in one sentence."""
+    """A causal language model of transformers from a folder, on the CPU. Raises `CheckpointError` in one sentence: where it
+    cannot be loaded, and where weights are missing, which transformers makes up."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -107,13 +108,22 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: the model could not be loaded ({reason}).") from None
     finally:
         if shown:
             logging.enable_progress_bar()
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
+        )
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the only one that caps scores in every release of transformers
+    return model
 
 
 def vocabulary_head(model: Any, vocabulary: int | None = None) -> VocabularyHead:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from .data import PackedRows
 from .errors import HealingError
 from .losses import Prediction, Term, TopKPrediction, chunked_loss
-from .teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
+from .teacher import KeptTeacher, Teacher, hidden_states, load_model, vocabulary_head
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is never loaded
 
@@ -45,7 +45,30 @@ def distillation_loss(
     return {"loss": sums.total, "parts": sums.parts}
 
 
-class DistillationTrainer(Trainer):
+class WholeLoading(Trainer):
+    """A Trainer that takes up every weight of its checkpoints.
+
+    Trainer itself looks for them under the names of the model's modules, and goes on without those that it does not find.
+    Files hold the names of the family instead: experts one by one, the head of GPT-NeoX as embed_out.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:  # stored in shards, under the names of the modules
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._take_up(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._take_up(str(self.state.best_model_checkpoint))
+
+    def _take_up(self, folder: str) -> None:
+        self.model.load_state_dict(load_model(Path(folder), torch.float32).state_dict())
+
+
+class DistillationTrainer(WholeLoading):
     """Trainer whose loss is a sum of terms over masked tokens, divided once by their number in the global batch."""
 
     def __init__(

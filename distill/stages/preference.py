@@ -22,7 +22,7 @@ from ..plan import HealingPlan
 from ..sharding import layer_classes
 from ..stages.distillation import Place, choose_trained, remove_cut_off
 from ..teacher import load_model
-from ..trainer import MarkWhole, last_checkpoint
+from ..trainer import MarkWhole, WholeLoading, last_checkpoint
 from ..work import RunFolder
 
 _FIELDS = ("prompt", "chosen", "rejected")
@@ -63,7 +63,11 @@ def prefer(
     tokenizer = load_tokenizer(plan.student.folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    trainer = dpo.DPOTrainer(
+
+    class PreferenceTrainer(WholeLoading, dpo.DPOTrainer):  # type: ignore[name-defined]
+        """TRL's, which continues with every weight."""
+
+    trainer = PreferenceTrainer(
         model=policy,
         ref_model=reference,
         args=arguments,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_checkpoint
+from builders import build_checkpoint, random_ids, source_model
 from runs import quick
+from safetensors.torch import load_file, save_file
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
@@ -155,3 +156,24 @@ def test_scaled_and_capped_logits_are_those_of_the_models_own_forward(name: str,
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     check_head(model, name)
     assert vocabulary_head(model, 60).weight.shape == (60, 32)
+
+
+@torch.no_grad()
+def test_scores_of_a_soft_capped_teacher_are_capped(tmp_path: Path) -> None:
+    """Older releases of transformers take an attention for Gemma 2 that leaves the cap out."""
+    expected, ids = source_model("gemma2"), random_ids(2, 12)
+    model = load_model(build_checkpoint(tmp_path / "gemma2", "gemma2"), torch.float32).eval()
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    uncapped = source_model("gemma2", attn_logit_softcapping=None)
+    assert float((uncapped(ids).logits - expected(ids).logits).abs().max()) > 0.01
+
+
+def test_weights_that_are_missing_are_not_made_up(out: Path) -> None:
+    state = load_file(out / "model.safetensors")
+    del state["model.layers.2.self_attn.kv_b_proj.weight"]
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"hold no model.layers.2.self_attn.kv_b_proj.weight, which the model needs"
+    ):
+        load_model(out, torch.float32)
