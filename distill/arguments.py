@@ -14,6 +14,11 @@ from xeco_convert.errors import OptionError
 from .options import DistillOptions
 
 _REFERENCE_RATE, _REFERENCE_HIDDEN, _HIGHEST_RATE = 8e-5, 2048, 5e-4
+# One setting by its names in newer and older releases of transformers.
+_RENAMED = (
+    ("activation_checkpointing", "gradient_checkpointing"),
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
 _MEASUREMENTS = 10  # and as many checkpoints, in a run, where the user does not say
 
 
@@ -33,6 +38,11 @@ def accumulation(options: DistillOptions) -> int:
 def batch_rows(options: DistillOptions) -> int:
     """Rows of a batch on each device."""
     return int(options.trainer.get("per_device_train_batch_size", options.batch_size))
+
+
+def keeps_few_activations(options: DistillOptions) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    return any(options.trainer.get(name) for name in _RENAMED[0])
 
 
 def training_arguments(
@@ -84,12 +94,25 @@ def training_arguments(
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": fsdp_layers},
         }
     settings = {name: value for name, value in options.trainer.items() if "." not in name}  # dpo.NAME is not for kl
+    settings = _as_called_here(kind, settings)
     _check_names(kind, settings)
     try:
         return kind(**{**chosen, **settings})
     except (TypeError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OptionError(f"--trainer: transformers refuses these settings ({reason}); change them.") from None
+
+
+def _as_called_here(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the names of this transformers; a default that TRL sets under the older name as well."""
+    defaults, settings = {item.name: item.default for item in dataclasses.fields(kind)}, dict(given)
+    for newer, older in _RENAMED:
+        values = [settings.pop(name) for name in (newer, older) if name in settings]
+        if not values and newer in defaults and defaults[older] is not None:
+            values = [defaults[older]]
+        if values:
+            settings[newer if newer in defaults else older] = values[0]
+    return settings
 
 
 def _check_names(kind: type[Any], given: Mapping[str, Any]) -> None:

@@ -14,7 +14,8 @@ from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.inspection import inspect_checkpoint
 
-from .arguments import accumulation, batch_rows, learning_rate
+from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
+from .attention import attention_prefixes
 from .options import DistillOptions
 from .teacher import TeacherPlace, check_vocabulary, find_teacher
 
@@ -134,10 +135,11 @@ class Sizes:
         """From headers."""
         count = {name: math.prod(header.shape) for name, header in plan.student.headers.items()}
         config, teacher = plan.student.config, plan.teacher.index
+        converted = attention_prefixes(plan.student)
         return cls(
             parameters=sum(count.values()),
-            attention=sum(number for name, number in count.items() if ".self_attn." in name),
-            norms=sum(n for name, n in count.items() if "norm" in name and ".self_attn." not in name),
+            attention=sum(number for name, number in count.items() if name.startswith(converted)),
+            norms=sum(n for name, n in count.items() if "norm" in name and not name.startswith(converted)),
             teacher=sum(math.prod(header.shape) for header in teacher.headers.values()),
             teacher_bytes=sum(header.num_bytes for header in teacher.headers.values()),
             hidden_size=config["hidden_size"],
@@ -160,7 +162,7 @@ def estimate(sizes: Sizes, options: DistillOptions, seq_length: int, *, world: i
     sharded = world if world > 1 and options.sharding == "fsdp2" else 1
     tokens = batch_rows(options) * seq_length
     activations = tokens * sizes.hidden_size * _ACTIVATIONS_PER_LAYER * sizes.num_layers * 2
-    if options.trainer.get("gradient_checkpointing"):
+    if keeps_few_activations(options):
         activations = tokens * sizes.hidden_size * (sizes.num_layers * 2 + _ACTIVATIONS_PER_LAYER * 2)
     logits = 2 * min(2**24, tokens * sizes.vocab_size) * 4
     per_token = 2 * sizes.teacher * (options.top_k is None) + 4 * sizes.parameters + 2 * trained

@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from xeco_convert.errors import OptionError
 
 from ..arguments import accumulation, batch_rows, learning_rate, training_arguments
+from ..attention import attention_modules
 from ..callbacks import ProgressReports, Report, StopRequests, TimeLimit
 from ..data import PackedRows
 from ..errors import InterruptedRunError
@@ -77,12 +78,16 @@ def loss_terms(options: DistillOptions) -> tuple[Term, ...]:
 
 def choose_trained(model: Any, train: str) -> int:
     """Mark what is trained: attention (of converted layers), norms (and all norms), or all. Returns how many numbers."""
-    converted = {number for number in range(model.config.num_hidden_layers) if model.config.layer(number) is not None}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        in_attention = "self_attn" in parts and int(parts[parts.index("layers") + 1]) in converted
-        is_norm = "norm" in parts[-2]
-        parameter.requires_grad_(train == "all" or in_attention or (train == "norms" and is_norm))
+    attention = {parameter for module in attention_modules(model).values() for parameter in module.parameters()}
+    norms = {
+        parameter
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    chosen = attention | norms if train == "norms" else attention
+    for parameter in model.parameters():
+        parameter.requires_grad_(train == "all" or parameter in chosen)
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trained == 0:
         raise OptionError("--train: this model has no converted layer to train; use --train all.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,11 @@ from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
 from xeco_convert.refine import LayerRefinement, RefineOptions, balance_scales
 
+from ..attention import attention_modules, attention_prefixes, layer_shape, student_family, weights_of
 from ..data import PackedRows
 from ..options import DistillOptions
 
-_FIELDS = {
-    **{"q_proj.weight": "q_weight", "q_a_proj.weight": "q_a_weight", "q_b_proj.weight": "q_b_weight"},
-    **{"kv_a_proj_with_mqa.weight": "kv_a_weight", "kv_a_proj_with_mqa.bias": "kv_a_bias"},
-    **{"kv_b_proj.weight": "kv_b_weight", "kv_b_proj.bias": "kv_b_bias", "kv_a_layernorm.weight": "latent_norm_weight"},
-    **{"o_proj.weight": "o_weight", "o_proj.bias": "o_bias", "q_proj.bias": "q_bias", "q_b_proj.bias": "q_bias"},
-}
 Progress = Callable[[str, float, dict[str, float]], None]
-
-
-def layer_factors(tensors: Mapping[str, Tensor], rope_index: list[int] | None) -> MlaAttention:
-    """A converted layer from its tensors by their names below the attention module."""
-    fields = {_FIELDS[name]: tensor for name, tensor in tensors.items() if name in _FIELDS}
-    return MlaAttention(**fields, rope_index=None if rope_index is None else tuple(rope_index))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +109,7 @@ class LayerwiseStage:
             data = self._load(layer)
             assert data is not None, "all layers are healed before they are collected"
             factors = MlaAttention(**data["factors"])
-            found |= {f"{self._plan.module_name(layer)}.{name}": part for name, part in factors.state_dict().items()}
+            found |= {f"{self._module(layer)}.{name}": part for name, part in factors.state_dict().items()}
         return found
 
     def _converted(self) -> list[int]:
@@ -141,15 +130,19 @@ class LayerwiseStage:
         return factors.with_tensors({name: part.to(self._device) for name, part in factors.tensors().items()})
 
     def _own_layer(self, number: int) -> MlaAttention:
-        prefix = f"{self._plan.module_name(number)}."
-        names = [name for name in self._student.headers if name.startswith(prefix)]
+        module = self._module(number)
+        names = [name for name in self._student.headers if name.startswith(f"{module}.")]
         read = {name: self._reader.read(name, dtype=torch.float32, device=self._device) for name in names}
-        entry = self._config.mla_layers[number]
-        return layer_factors({name.removeprefix(prefix): part for name, part in read.items()}, entry["rope_index"])
+        own = {name.removeprefix(f"{module}."): part for name, part in read.items()}
+        return MlaAttention.from_state_dict(own, layer_shape(self._config, number), f"{self._student.folder}: {module}")
+
+    def _module(self, number: int) -> str:
+        """Name of a layer's attention module in the student."""
+        return student_family(self._config.model_type).module_name(number)
 
     def _context(self, view: LayerView) -> AttentionContext:
         """With the layer's own rotary tables where it does not use the source's frequencies, as the model has them."""
-        context = dataclasses.replace(view.context(), norm_eps=self._config.rms_norm_eps)
+        context = view.context()
         layer = self._config.layer(view.number)
         if layer.rope_index is not None:
             return context
@@ -213,14 +206,9 @@ def own_rotary_tables(config: Any, width: int, length: int) -> tuple[Tensor, Ten
 def balance_model(model: Any) -> None:
     """Settle the free scales of all converted layers of a model in place; it computes the same."""
     config = model.config
-    for number, decoder_layer in enumerate(model.get_decoder().layers):
-        if config.layer(number) is None:
-            continue
-        attention = decoder_layer.self_attn
-        state = {name: part.detach() for name, part in attention.state_dict().items()}
-        entry = config.mla_layers[number]
-        balanced = balance_scales(layer_factors(state, entry["rope_index"]), config.num_attention_heads)
-        attention.load_state_dict(balanced.state_dict(), strict=False)
+    for number, attention in attention_modules(model).items():
+        balanced = balance_scales(weights_of(attention, config, number), config.num_attention_heads)
+        attention.load_state_dict(balanced.state_dict())
 
 
 def same_outside_attention(student: CheckpointIndex, source: CheckpointIndex) -> str | None:
@@ -228,9 +216,9 @@ def same_outside_attention(student: CheckpointIndex, source: CheckpointIndex) ->
 
     The layer-wise stage aims at the source with the source's feed-forward parts, so the student must still have them.
     """
-    readers = TensorReader(student), TensorReader(source)
+    readers, converted = (TensorReader(student), TensorReader(source)), attention_prefixes(student)
     for name in student.headers:
-        if ".self_attn." in name or name not in source.headers:
+        if name.startswith(converted) or name not in source.headers:
             continue
         if student.headers[name].shape != source.headers[name].shape:
             return name

@@ -156,3 +156,19 @@ def test_the_estimate_counts_what_it_says() -> None:
     assert found.seconds == pytest.approx(100 * (2 * 2000 + 4 * 1000 + 2 * 310) / 0.4e6)
     halved = estimate(sizes, options, 32, world=2, flops=1e6)
     assert halved.student_bytes == 2000 and halved.seconds == pytest.approx(found.seconds / 2)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.filterwarnings("error")
+def test_a_setting_that_transformers_renamed_is_taken_by_both_names(name: str, tmp_path: Path) -> None:
+    options = quick(trainer={name: True})
+    found = training_arguments(
+        TrainingArguments, options, tmp_path, max_steps=1, rate=0.1, fsdp_layers=None, on_cuda=False
+    )
+    assert found.gradient_checkpointing is True
+    sizes = {"parameters": 9, "attention": 3, "norms": 1, "teacher": 9, "teacher_bytes": 18, "vocab_size": 16}
+    few, many = (
+        estimate(Sizes(**sizes, hidden_size=64, num_layers=9), given, 32, world=1, flops=1e6)
+        for given in (options, quick())
+    )
+    assert few.activation_bytes < many.activation_bytes

@@ -87,7 +87,9 @@ def test_a_name_that_is_missing_unknown_or_of_another_size_is_refused() -> None:
             others = {key: tensor for key, tensor in tensors.items() if key != name}
             with pytest.raises(CheckpointError, match=r"^layer 3\.") as error:
                 MlaAttention.from_state_dict(others, shape, "layer 3")
-            assert f"layer 3.{name}: expected {size} by the layer's widths in config.json, found none" in str(error.value)
+            assert f"layer 3.{name}: expected {size} by the layer's widths in config.json, found none" in str(
+                error.value
+            )
             with pytest.raises(CheckpointError, match=r"expected \[.*found \["):
                 MlaAttention.from_state_dict(others | {name: torch.zeros(99)}, shape, "layer 3")
         for name in {*FIELDS, "q_norm.bias", "k_proj.weight", "rotary_emb.inv_freq"} - set(tensors):

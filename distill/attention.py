@@ -1,0 +1,45 @@
+"""Where the converted attention of a student is, in its files and in the model: what its family calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.shapes import MlaShape
+from xeco_convert.families import FamilySpec, supported_model_types
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
+
+
+def student_family(model_type: str) -> FamilySpec:
+    """The family that a converted model comes from."""
+    return supported_model_types()[model_type.removeprefix(MODEL_TYPE_PREFIX)]
+
+
+def attention_prefixes(student: CheckpointIndex) -> tuple[str, ...]:
+    """What the names of the tensors of converted attention begin with, layer by layer: as "model.layers.0.self_attn."."""
+    family = student_family(student.config["model_type"])
+    entries = enumerate(student.config["mla_layers"])
+    return tuple(f"{family.module_name(number)}." for number, entry in entries if entry is not None)
+
+
+def attention_modules(model: Any) -> dict[int, nn.Module]:
+    """The attention modules of a student's converted layers, by the number of the layer."""
+    name = student_family(model.config.model_type).module
+    layers = enumerate(model.get_decoder().layers)
+    return {number: getattr(layer, name) for number, layer in layers if model.config.layer(number) is not None}
+
+
+def layer_shape(config: Any, number: int) -> MlaShape:
+    """Widths of a converted layer, by the student's configuration as transformers reads it."""
+    return MlaShape(
+        num_attention_heads=config.num_attention_heads, hidden_size=config.hidden_size, **vars(config.layer(number))
+    )
+
+
+def weights_of(attention: nn.Module, config: Any, number: int) -> MlaAttention:
+    """The weights of a converted layer's module, without gradients; they are the module's own, not copies."""
+    state = {name: part.detach() for name, part in attention.state_dict().items()}
+    return MlaAttention.from_state_dict(state, layer_shape(config, number), f"layer {number}")
