@@ -18,12 +18,13 @@ from transformers import TrainingArguments
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.families import supported_model_types
 from xeco_distill.cli import distill_command
+from xeco_distill.data import Document, RowWriter
 from xeco_distill.evaluation.command import eval_command
 from xeco_distill.options import DistillOptions
 from xeco_distill.pipeline import heal
 from xeco_distill.plan import Sizes, estimate, make_healing_plan
 from xeco_distill.stages.distillation import choose_trained
-from xeco_distill.stages.layerwise import balance_model
+from xeco_distill.stages.layerwise import LayerwiseStage, balance_model
 from xeco_distill.teacher import hidden_states, load_model
 from xeco_distill.trainer import DistillationTrainer, WholeLoading
 
@@ -115,6 +116,28 @@ def test_packed_documents_do_not_see_each_other(student: Path, which: str) -> No
     apart = [hidden_states(model, part, None) for part in ids.split(lengths, dim=1)]
     found = hidden_states(model, ids, positions)
     torch.testing.assert_close(found, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-4)  # 3e-6 observed
+
+
+@torch.no_grad()
+def test_the_layer_wise_stage_computes_what_the_model_does(student: Path, tmp_path: Path) -> None:
+    """Layer by layer with the student's own factors, up to the final norm."""
+    writer = RowWriter(tmp_path / "rows", 16, padding=0)
+    for seed in range(8):
+        ids = random_ids(1, 16 if seed % 2 else 9, seed=seed)[0].tolist()
+        writer.add(Document(ids=ids, learned=[True] * len(ids)))
+    indices = (CheckpointIndex.open(student.with_name(name)) for name in ("out", "source"))
+    stage = LayerwiseStage(*indices, writer.finish(), tmp_path / "layers", options_of(student), torch.device("cpu"))
+    states = torch.empty(0)
+    for view in stage._stream.layers():
+        states = states if view.number else view.inputs.clone()
+        stage._advance(view, states, stage._own_layer(view.number) if view.number in stage._converted() else None)
+    model = load_model(student, torch.float32).eval()
+    outputs: list[Any] = []
+    model.get_decoder().layers[-1].register_forward_hook(lambda module, given, output: outputs.append(output))
+    model(stage._windows.ids)
+    last = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    counts = stage._windows.counts
+    torch.testing.assert_close(states[counts], last[counts], rtol=1e-4, atol=1e-4)  # 4e-6 observed
 
 
 def test_a_checkpoint_is_taken_up_whole(student: Path, tmp_path: Path) -> None:
