@@ -113,7 +113,7 @@ class Bench:
     @classmethod
     def open(cls, name: str, work: Path) -> Bench:
         """Load the source."""
-        from xeco_convert.calibration.text import load_tokenizer
+        from xeco_convert.tokenizer import load_tokenizer
 
         checkpoint = CHECKPOINTS[name]
         model = load_model(checkpoint.folder, torch.float32)

@@ -15,6 +15,7 @@ from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorRea
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
 
 from .card import healing_section, replace_section
 
@@ -25,7 +26,9 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target: Path) -> None:
-    """`target`: every tensor of `student` in its stored dtype, with the values of `trained`; all other files as they are."""
+    """`target`: every tensor of `student` in its stored dtype, with the values of `trained`; all other files as they are.
+
+    Raises `CheckpointError` where the tokenizer would not read text as the student's does."""
     readers = TensorReader(trained), TensorReader(student)
     writer = CheckpointWriter(target, list(student.headers.values()), max_shard_bytes=_SHARD_BYTES, overwrite=True)
     with writer:
@@ -40,6 +43,7 @@ def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target:
         for name in (REPORT_FILE, "README.md", "config.json"):
             if (student.folder / name).is_file():
                 writer.copy_file(student.folder / name, Path(name))
+        keep_tokenizer(TokenizerPlace.of(student), writer.folder)
 
 
 def record(folder: Path, healing: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ def _rows(plan: HealingPlan, teacher: Teacher) -> PackedRows:
 def _needle(
     plan: HealingPlan, rows: PackedRows, lengths: tuple[int, ...], count: int, models: dict[str, Any], seed: int
 ) -> list[dict[str, Any]]:
-    from xeco_convert.calibration.text import load_tokenizer
+    from xeco_convert.tokenizer import load_tokenizer
 
     from ..evaluation.needle import retrieval, trials
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from xeco_convert.calibration.text import load_tokenizer, read_records
+from xeco_convert.calibration.text import read_records
 from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.tokenizer import load_tokenizer
 
 from ..arguments import accumulation, batch_rows, training_arguments
 from ..callbacks import ProgressReports, Report, StopRequests

@@ -10,6 +10,7 @@ from typing import Any
 
 from xeco_convert.calibration.windows import CalibrationWindows, windows_of_documents
 from xeco_convert.errors import CheckpointError
+from xeco_convert.tokenizer import load_tokenizer
 
 _MOST_DOCUMENTS = 100_000
 
@@ -39,19 +40,6 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
         description=calibration,
     )
     return windows.checked(unknown)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises `CheckpointError` where it has none that loads."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({reason}), which calibration text needs; add the tokenizer files."
-        ) from None
 
 
 def read_records(calibration: str, flag: str = "--calibration") -> Iterator[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorReader
+from xeco_convert.checkpoint.companions import companion_files
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import CheckpointError, OptionError
@@ -24,6 +25,7 @@ from xeco_convert.export.tensors import stock_headers, stock_tensors
 from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import parse_size
+from xeco_convert.tokenizer import prepared_companions
 
 FORMATS = ("deepseek-v3",)
 REPORT_FILE = "xeco_export.json"
@@ -89,20 +91,35 @@ def export_checkpoint(
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     layout = make_layout(index.config, _family(index), TARGETS[options.target])
     dtype = _stored_dtype(index, layout)
+    config = stock_config(layout, _CONFIG_DTYPES[dtype])
+    with prepared_companions(index, config, stock=True) as companions:
+        return _write(Path(output), options, index, layout, dtype, companions, progress)
+
+
+def _write(
+    output: Path,
+    options: ExportOptions,
+    index: CheckpointIndex,
+    layout: ExportLayout,
+    dtype: str,
+    companions: Path,
+    progress: Progress,
+) -> ExportReport:
+    """Write everything, compare it with the converted checkpoint, and put it in its place."""
     progress("latent norms", 0.0)
     model = _load(index.folder)
     weights_bytes = sum(header.num_bytes for header in index.headers.values())
     step = with_latent_norms(model, index.folder, weights_bytes=weights_bytes, seed=options.seed)
     state = _replaced(step.model) if step.fidelity is not None else {}
     writer = CheckpointWriter(
-        Path(output),
+        output,
         stock_headers(layout, dtype),
         max_shard_bytes=parse_size(options.max_shard_size),
         overwrite=options.overwrite,
     )
     with writer:
         _write_weights(writer, layout, index, dtype, state, step.model, progress)
-        _write_companions(writer, layout, index, dtype)
+        _write_companions(writer, layout, index, companions)
         progress("compare with transformers' own class", 0.8)
         writer.flush()
         comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
@@ -173,11 +190,9 @@ def _write_weights(
             progress(name, 0.2 + 0.6 * done / count)
 
 
-def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, dtype: str) -> None:
-    for relative in index.companion_files():
-        writer.copy_file(index.folder / relative, relative)
-    config = stock_config(layout, _CONFIG_DTYPES[dtype])
-    writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, companions: Path) -> None:
+    for relative in [*companion_files(companions), Path("config.json")]:
+        writer.copy_file(companions / relative, relative)
     writer.write_text(
         "README.md", _CARD.format(source=index.folder.name, target=layout.target.name, version=__version__)
     )

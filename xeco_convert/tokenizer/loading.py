@@ -1,0 +1,97 @@
+"""Loading a tokenizer as transformers does, without a question on the terminal and without running code of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.checkpoint.companions import tokenizer_code, tokenizer_files, tokenizer_settings
+from xeco_convert.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPlace:
+    """Where a tokenizer is: its files, and the hub id and commit where it has them: transformers decides by the id too."""
+
+    folder: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, index: CheckpointIndex) -> TokenizerPlace:
+        return cls(folder=index.folder, hub_id=index.hub_id, revision=index.revision)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a tokenizer at all."""
+        return bool(tokenizer_files(self.folder))
+
+    @property
+    def own_code(self) -> list[str]:
+        """Classes of the tokenizer's own code."""
+        return tokenizer_code(tokenizer_settings(self.folder))
+
+    def load(self) -> Any:
+        """What `AutoTokenizer` gives here. Raises `CheckpointError` in one sentence."""
+        from transformers import AutoTokenizer
+
+        name, options = (self.folder, {}) if self.hub_id is None else (self.hub_id, {"revision": self.revision})
+        with self.explained(), quiet():
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False, **options)
+
+    def load_without_package(self) -> Any:
+        """What it gives where nobody knows the folder's model type: this package is not installed."""
+        from transformers import AutoTokenizer, PreTrainedConfig
+
+        with self.explained(), quiet():
+            config = PreTrainedConfig.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(
+                self.folder, config=config, local_files_only=True, trust_remote_code=False
+            )
+
+    def load_backend(self) -> Any:
+        """What tokenizer.json says, whatever class is named beside it: how engines read it."""
+        from transformers import PreTrainedTokenizerFast
+
+        with self.explained(), quiet():
+            return PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Errors of loading, of many libraries, as one sentence."""
+        try:
+            yield
+        except (
+            Exception
+        ) as error:  # what a broken file makes transformers, tokenizers or sentencepiece raise is anything
+            if self.own_code and isinstance(error, ValueError) and "custom code" in str(error):
+                raise CheckpointError(
+                    f"{self.folder}: the tokenizer is code of its own ({', '.join(self.own_code)}), which xeco-convert does not "
+                    "run; where text is asked for, give token ids instead (a .json file)."
+                ) from None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{self.folder}: no tokenizer could be loaded ({reason}), which text needs; add the tokenizer files."
+            ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises `CheckpointError` where it has none that loads."""
+    return TokenizerPlace(folder=folder).load()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' remarks on what is loaded: whoever loads the result reads them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
