@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,7 @@ def loaded(folder: Path) -> Any:
         return None
 
 
+@pytest.mark.filterwarnings("ignore::xeco_convert.errors.XecoWarning")
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_kind_reads_as_its_source_under_the_new_model_type(model_type: str, tmp_path: Path) -> None:
     config = model_identity(FAMILIES[model_type])
@@ -82,8 +82,7 @@ def test_every_kind_reads_as_its_source_under_the_new_model_type(model_type: str
     for kind in KINDS:
         source = folder_of(tmp_path, kind, model_type)
         expected = loaded(source)
-        with warnings.catch_warnings(), prepared_companions(CheckpointIndex.without_weights(source), config) as folder:
-            warnings.simplefilter("ignore", XecoWarning)
+        with prepared_companions(CheckpointIndex.without_weights(source), config) as folder:
             if expected is None:  # a class that needs tokenizer.json, where there is none: the source reads nothing
                 continue
             found = AutoTokenizer.from_pretrained(folder)
@@ -99,6 +98,7 @@ def test_every_kind_reads_as_its_source_under_the_new_model_type(model_type: str
     assert compared >= len(KINDS) - 1
 
 
+@pytest.mark.filterwarnings("ignore::xeco_convert.errors.XecoWarning")
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma2"])
 def test_every_kind_reads_as_its_source_in_an_export(model_type: str, tmp_path: Path) -> None:
     """Engines read tokenizer.json alone, and so does transformers 5.16 for this model type."""
@@ -106,8 +106,7 @@ def test_every_kind_reads_as_its_source_in_an_export(model_type: str, tmp_path: 
         source = folder_of(tmp_path, kind, model_type)
         expected = loaded(source)
         index = CheckpointIndex.without_weights(source)
-        with warnings.catch_warnings(), prepared_companions(index, {"model_type": "deepseek_v3"}, stock=True) as folder:
-            warnings.simplefilter("ignore", XecoWarning)
+        with prepared_companions(index, {"model_type": "deepseek_v3"}, stock=True) as folder:
             if expected is not None:
                 assert reading(AutoTokenizer.from_pretrained(folder)) == reading(expected), kind
                 assert reading(PreTrainedTokenizerFast.from_pretrained(folder)) == reading(expected), kind
@@ -198,13 +197,12 @@ def test_a_tokenizer_that_does_not_load_is_copied_with_a_warning(tmp_path: Path)
 OWN_CODE = """
 from transformers import PreTrainedTokenizerFast
 from .own_words import WORDS
-from . import own_more
 
-VOCAB_FILES_NAMES = {"vocab_file": "my_words.bin", "tokenizer_file": "tokenizer.json"}
+VOCAB_FILES_NAMES = {"vocab_file": "my_words.txt", "tokenizer_file": "tokenizer.json"}
 
 class OwnTokenizer(PreTrainedTokenizerFast):
     def _extra(self):
-        return WORDS + own_more.MORE
+        return WORDS
 """
 
 
@@ -216,9 +214,9 @@ def own_code(folder: Path) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "tokenization_own.py").write_text(OWN_CODE)
-    (folder / "own_words.py").write_text("WORDS = ('a',)\n")
+    (folder / "own_words.py").write_text("from .own_more import MORE\n\nWORDS = ('a', *MORE)\n")
     (folder / "own_more.py").write_text("MORE = ('b',)\n")
-    (folder / "my_words.bin").write_bytes(b"\x00words")
+    (folder / "my_words.txt").write_bytes(b"\x00words")
     (folder / "unrelated.py").write_text("1/0\n")
     (folder / "tekken.json").write_text("{}")
 
@@ -234,7 +232,7 @@ def test_code_of_a_tokenizer_is_copied_and_neither_run_nor_asked_about(
     with pytest.warns(XecoWarning, match=sentence):
         xeco_convert.convert(source, tmp_path / "out", init="paper", rank=8)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tokenization_own.py", "own_words.py", "own_more.py", "my_words.bin", "tekken.json"} <= names
+    assert {"tokenization_own.py", "own_words.py", "own_more.py", "my_words.txt", "tekken.json"} <= names
     assert "unrelated.py" not in names
     with pytest.raises(CheckpointError, match=sentence):
         load_tokenizer(source)

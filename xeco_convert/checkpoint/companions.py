@@ -17,8 +17,8 @@ _OTHER_PATTERNS = (
     *("generation_config.json", "preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 )
-# What a download needs for the files that this module finds; which code files belong to a tokenizer shows only then.
-DOWNLOAD_PATTERNS = (*_TOKENIZER_PATTERNS, *_OTHER_PATTERNS, "config.json", "README.md", "*.py")
+# What a download needs for the files that this module finds; which code and lists belong to a tokenizer shows only then.
+DOWNLOAD_PATTERNS = (*_TOKENIZER_PATTERNS, *_OTHER_PATTERNS, "README.md", "*.py", "*.json", "*.txt")
 # What belongs to the model, whoever names it.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OF_THE_MODEL = ("config.json", "README.md", "model.safetensors.index.json")
