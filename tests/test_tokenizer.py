@@ -136,13 +136,13 @@ VARIANT = {"gemma3_text": "gemma3"}
 
 def test_conversions_of_all_families_and_their_copies_read_alike_with_and_without_the_package(tmp_path: Path) -> None:
     folders, expected, words = [], [], tmp_path / "words.json"
-    words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(16)] for m in range(16)]))
+    words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(16)] for m in range(100)]))
     kinds = [kind for kind in KINDS if "vocab.json" not in kind]
     for number, model_type in enumerate(FAMILIES):
         source = build_checkpoint(tmp_path / model_type, VARIANT.get(model_type, model_type), vocab_size=VOCABULARY)
         KINDS[kinds[number % len(kinds)]](source)
         output = tmp_path / f"{model_type}.out"
-        xeco_convert.convert(source, output, rank=8, calibration=str(words), calibration_tokens=256)
+        xeco_convert.convert(source, output, rank=8, calibration=str(words), calibration_tokens=1600)
         copy = tmp_path / f"{model_type}.copy"
         AutoModelForCausalLM.from_pretrained(output).save_pretrained(copy)
         AutoTokenizer.from_pretrained(output).save_pretrained(copy)
@@ -162,9 +162,9 @@ def test_an_export_reads_as_the_source_of_the_conversion(tmp_path: Path) -> None
     source = build_checkpoint(tmp_path / "in", "llama", vocab_size=VOCABULARY)
     KINDS["metaspace, legacy LlamaTokenizer"](source)
     words = tmp_path / "words.json"
-    words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(64)] for m in range(16)]))
+    words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(64)] for m in range(32)]))
     xeco_convert.convert(
-        source, tmp_path / "out", rank=12, rope_dim=8, portable=True, calibration=str(words), calibration_tokens=1024
+        source, tmp_path / "out", rank=12, rope_dim=8, portable=True, calibration=str(words), calibration_tokens=2048
     )
     export_checkpoint(tmp_path / "out", tmp_path / "stock")
     expected = reading(AutoTokenizer.from_pretrained(source))
@@ -192,6 +192,14 @@ def test_a_tokenizer_that_does_not_load_is_copied_with_a_warning(tmp_path: Path)
     with pytest.warns(XecoWarning, match=r"no tokenizer could be loaded.*copied as they are, their ids not compared"):
         xeco_convert.convert(source, tmp_path / "out", init="paper", rank=8)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+
+
+def test_a_source_without_tokenizer_converts_on_token_ids(tmp_path: Path) -> None:
+    source = build_checkpoint(tmp_path / "in", "llama", vocab_size=VOCABULARY)
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(64)] for m in range(32)]))
+    xeco_convert.convert(source, tmp_path / "out", rank=8, calibration=str(words), calibration_tokens=1600)
+    assert not [path.name for path in (tmp_path / "out").iterdir() if "token" in path.name]
 
 
 OWN_CODE = """

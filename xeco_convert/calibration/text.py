@@ -23,8 +23,9 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
 
     Raises `CheckpointError` for a missing or empty source, records without such a field, too little text.
     """
-    tokenizer = load_tokenizer(folder)
-    vocabulary, unknown = _vocabulary_size(folder), _unknown_id(tokenizer)
+    tokenizer = _tokenizer_unless_ids(calibration, folder)
+    vocabulary, unknown = _vocabulary_size(folder), None if tokenizer is None else _unknown_id(tokenizer)
+    special_ids = frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids) - {unknown}
     documents: list[list[int]] = []
     found = 0
     for record in islice(read_records(calibration), _MOST_DOCUMENTS):
@@ -36,7 +37,7 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
         documents,
         length=max(1, min(length, max((len(document) for document in documents), default=1))),
         num_tokens=num_tokens,
-        special_ids=frozenset(tokenizer.all_special_ids) - {unknown},
+        special_ids=special_ids,
         description=calibration,
     )
     return windows.checked(unknown)
@@ -127,6 +128,16 @@ def _tokens(record: Mapping[str, Any], tokenizer: Any, calibration: str) -> list
             f"--calibration: {calibration}: expected records with a field text, messages or input_ids, found {sorted(record)}."
         )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _tokenizer_unless_ids(calibration: str, folder: Path) -> Any:
+    """The tokenizer; None where it cannot be had and token ids need none: a source may come without."""
+    try:
+        return load_tokenizer(folder)
+    except CheckpointError:
+        if Path(calibration).suffix != ".json":
+            raise
+        return None
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
