@@ -134,23 +134,44 @@ print(json.dumps(found))
 VARIANT = {"gemma3_text": "gemma3"}
 
 
-def test_conversions_of_all_families_and_their_copies_read_alike_with_and_without_the_package(tmp_path: Path) -> None:
-    folders, expected, words = [], [], tmp_path / "words.json"
+@pytest.fixture(scope="module")
+def converted_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path, Path]]:
+    """Source, conversion and a copy saved by transformers, of a family; each has another kind of tokenizer. Made once."""
+    base, made = tmp_path_factory.mktemp("families"), {}
+    words = base / "words.json"
     words.write_text(json.dumps([[(7 * n + m) % 600 for n in range(16)] for m in range(100)]))
     kinds = [kind for kind in KINDS if "vocab.json" not in kind]
-    for number, model_type in enumerate(FAMILIES):
-        source = build_checkpoint(tmp_path / model_type, VARIANT.get(model_type, model_type), vocab_size=VOCABULARY)
-        KINDS[kinds[number % len(kinds)]](source)
-        output = tmp_path / f"{model_type}.out"
-        xeco_convert.convert(source, output, rank=8, calibration=str(words), calibration_tokens=1600)
-        copy = tmp_path / f"{model_type}.copy"
-        AutoModelForCausalLM.from_pretrained(output).save_pretrained(copy)
-        AutoTokenizer.from_pretrained(output).save_pretrained(copy)
-        ids = [AutoTokenizer.from_pretrained(source)(text)["input_ids"] for text in TEXTS]
-        for folder in (output, copy):
-            assert [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for text in TEXTS] == ids, folder.name
-            folders.append(str(folder))
-            expected.append(ids)
+
+    def make(model_type: str) -> tuple[Path, Path, Path]:
+        if model_type not in made:
+            places = base / model_type, base / f"{model_type}.out", base / f"{model_type}.copy"
+            build_checkpoint(places[0], VARIANT.get(model_type, model_type), vocab_size=VOCABULARY)
+            KINDS[kinds[list(FAMILIES).index(model_type) % len(kinds)]](places[0])
+            xeco_convert.convert(places[0], places[1], rank=8, calibration=str(words), calibration_tokens=1600)
+            AutoModelForCausalLM.from_pretrained(places[1]).save_pretrained(places[2])
+            AutoTokenizer.from_pretrained(places[1]).save_pretrained(places[2])
+            made[model_type] = places
+        return made[model_type]
+
+    return make
+
+
+Families = Callable[[str], tuple[Path, Path, Path]]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_conversion_and_its_copy_read_as_the_source(model_type: str, converted_family: Families) -> None:
+    source, output, copy = (reading(AutoTokenizer.from_pretrained(folder)) for folder in converted_family(model_type))
+    assert output == source
+    assert copy == source
+
+
+def test_without_the_package_all_of_them_read_as_the_source(converted_family: Families, tmp_path: Path) -> None:
+    folders, expected = [], []
+    for model_type in FAMILIES:
+        source, *written = converted_family(model_type)
+        folders += [str(folder) for folder in written]
+        expected += [[AutoTokenizer.from_pretrained(source)(text)["input_ids"] for text in TEXTS]] * len(written)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", REMOTE, json.dumps(TEXTS), *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
