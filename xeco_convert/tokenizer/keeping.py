@@ -95,8 +95,8 @@ def _difference(reference: Any, folder: Path, *, settings: bool, stock: bool) ->
     """The first difference between the reference and any way in which the folder's tokenizer is loaded."""
     place = TokenizerPlace(folder=folder)
     ways = [place.load, place.load_without_package]
-    if stock and _has_backend(reference):
-        ways.append(place.load_backend)
+    if _has_backend(reference):
+        ways += [place.load_saved_again, *([place.load_backend] if stock else [])]
     for load in ways:
         try:
             found = first_difference(reference, load(), settings=settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,15 @@ class TokenizerPlace:
             return AutoTokenizer.from_pretrained(
                 self.folder, config=config, local_files_only=True, trust_remote_code=False
             )
+
+    def load_saved_again(self) -> Any:
+        """What it gives for a copy that transformers saved: not every class comes back as it was."""
+        with tempfile.TemporaryDirectory(prefix="xeco-tokenizer-") as place:
+            tokenizer = self.load()
+            with self.explained(), quiet():
+                tokenizer.save_pretrained(place)
+            shutil.copyfile(self.folder / "config.json", Path(place) / "config.json")
+            return TokenizerPlace(folder=Path(place)).load()
 
     def load_backend(self) -> Any:
         """What tokenizer.json says, whatever class is named beside it: how engines read it."""
