@@ -24,11 +24,12 @@ from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.calibration.windows import windows_of_documents
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.forward import AttentionContext, mla_output
 from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
-from xeco_convert.refine import LayerRefinement, RefineOptions, balance_scales
+from xeco_convert.refine import LayerRefinement, RefineOptions
 
 from ..attention import attention_modules, attention_prefixes, layer_shape, student_family, weights_of
 from ..data import PackedRows
