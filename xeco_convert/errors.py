@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _LONGEST_REASON = 300
 _TERSE = 60
+_LONGEST_VALUE = 80
 
 
 class XecoError(Exception):
@@ -44,6 +45,13 @@ class VerificationError(XecoError):
 def reason_of(error: BaseException) -> str:
     """What a library's exception says, on one line and not too long, for the brackets of a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair cannot be printed
     if isinstance(error, KeyError | AttributeError | TypeError | AssertionError) and len(text) < _TERSE:
         text = f"{type(error).__name__}: {text}"  # "'metadata'" alone would say nothing
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+
+
+def shown(value: object) -> str:
+    """A value out of a file as an error gives it: on one line, printable, not too long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
