@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of, shown
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
-from xeco_convert.families.spec import refuse_quantised
+from xeco_convert.families.spec import FUSED, refuse_quantised
 from xeco_convert.pretrained import plain_outputs, read_config
 from xeco_convert.tensor_names import TensorNames, resolve_names
 
@@ -206,15 +206,18 @@ def _check_parameters(source: SourceModel) -> None:
             f"config.json: transformers would scale the scores by {shown(attention.scaling)}, expected a positive number; take "
             "config.json from the model's own folder."
         )
-    if "q_proj" in source.family.attention:
+    heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+    expected = [count * geometry.head_dim for count in (heads, groups, groups)]
+    fused = source.family.attention.get(FUSED, "").rpartition(".")[2]
+    if fused:
+        found, expected = [getattr(attention, fused).weight.shape[0]], [sum(expected)]
+    else:
         found = [getattr(attention, which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
-        heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
-        expected = [count * geometry.head_dim for count in (heads, groups, groups)]
-        if found != expected:
-            raise UnsupportedModelError(
-                f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
-                f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
-            )
+    if found != expected:
+        raise UnsupportedModelError(
+            f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
+            f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
+        )
 
 
 def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None:
