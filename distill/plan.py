@@ -13,6 +13,7 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.pretrained import read_config
 
 from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
 from .attention import attention_prefixes
@@ -82,13 +83,13 @@ def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
         stages=stages,
         seq_length=length,
         notes=tuple(notes),
-        kv_share=found["kv_bytes_after"] / found["kv_bytes_before"],
+        kv_share=found["kv_bytes_after"] / max(1, found["kv_bytes_before"]),
     )
 
 
 def _seq_length(student: CheckpointIndex, teacher: TeacherPlace, options: DistillOptions) -> int:
     limits = [index.config.get("max_position_embeddings") for index in (student, teacher.index)]
-    longest = min((limit for limit in limits if isinstance(limit, int)), default=None)
+    longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
     if options.seq_length is None:
         return _DEFAULT_LENGTH if longest is None else min(_DEFAULT_LENGTH, longest)
     if longest is not None and options.seq_length > longest:
@@ -134,7 +135,7 @@ class Sizes:
     def of(cls, plan: HealingPlan) -> Sizes:
         """From headers."""
         count = {name: math.prod(header.shape) for name, header in plan.student.headers.items()}
-        config, teacher = plan.student.config, plan.teacher.index
+        config, teacher = read_config(plan.student.config).to_dict(), plan.teacher.index
         converted = attention_prefixes(plan.student)
         return cls(
             parameters=sum(count.values()),

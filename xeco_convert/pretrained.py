@@ -14,7 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_json
-from xeco_convert.errors import CheckpointError, reason_of
+from xeco_convert.errors import CheckpointError, reason_of, shown
+
+_MOST = 100_000  # of anything that config.json counts
 
 
 def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> Any:
@@ -26,6 +28,7 @@ def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> An
     import transformers
     from transformers import AutoConfig
 
+    _check_counts(raw, where)
     with TemporaryDirectory(prefix="xeco-config-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(without_empty_settings(raw)), encoding="utf-8")
         try:
@@ -35,6 +38,16 @@ def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> An
                 f"{where}: transformers {transformers.__version__} does not take these settings ({reason_of(error)}); take "
                 "config.json from the model's own folder, or correct the field."
             ) from None
+
+
+def _check_counts(raw: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse absurd counts: transformers' classes make something for each label, each layer."""
+    for name, value in raw.items():
+        if name.startswith("num_") and isinstance(value, int) and value > _MOST:
+            raise CheckpointError(
+                f"{where}: expected {name} to be at most {_MOST}, found {shown(value)}; take config.json from the model's own "
+                "folder."
+            )
 
 
 def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
 
     import xeco_convert  # noqa: F401  registers the converted families
 
-    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    config = plain_outputs(read_config(read_json(folder / "config.json"), folder / "config.json"))
     if getattr(config, "attn_logit_softcapping", None):
         options = {"attn_implementation": "eager", **options}
     try:
@@ -74,6 +87,12 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
             f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
         )
     return model
+
+
+def plain_outputs(config: Any) -> Any:
+    """The configuration, in place, for calls that read logits or hidden states off what the model returns."""
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    return config
 
 
 @contextmanager

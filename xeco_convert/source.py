@@ -6,6 +6,7 @@ tables of its rotary embedding, and which stored tensor becomes which parameter 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of
+from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of, shown
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
-from xeco_convert.families.spec import refuse_quantised
-from xeco_convert.pretrained import read_config
+from xeco_convert.families.spec import FUSED, refuse_quantised
+from xeco_convert.pretrained import plain_outputs, read_config
 from xeco_convert.tensor_names import TensorNames, resolve_names
 
 ReadTensor = Callable[[str], Tensor]
@@ -72,7 +73,7 @@ class SourceModel:
 
     def runnable_config(self) -> Any:
         """The configuration for running layers in float32, with an implementation of attention that computes all of it."""
-        config = deepcopy(self.config)
+        config = plain_outputs(deepcopy(self.config))
         # transformers' fused attention leaves the cap out without a word
         config._attn_implementation = "sdpa" if self.logit_softcap is None else "eager"
         config.dtype = torch.float32
@@ -104,8 +105,8 @@ def open_source(index: CheckpointIndex) -> SourceModel:
             "tensors; the two do not belong together."
         )
     family.check_config(values)
+    family.check_numbers(values)
     skeleton = build_skeleton(config)
-    kinds = _layer_kinds(family, values, config, skeleton, geometry)
     names = resolve_names(index, skeleton)
     source = SourceModel(
         index=replace(index, headers=names.headers, files=names.files, stored_names=names.stored_names),
@@ -113,13 +114,14 @@ def open_source(index: CheckpointIndex) -> SourceModel:
         config=config,
         values=values,
         geometry=geometry,
-        kinds=kinds,
+        kinds=(),
         skeleton=skeleton,
         names=names,
     )
     _check_parameters(source)
     _warn_of_fields_without_effect(index.config, config)
-    return source
+    # tables are computed last, when the widths are known to be those of the weights: they may be absurd
+    return replace(source, kinds=_layer_kinds(family, values, config, skeleton, geometry))
 
 
 def build_skeleton(config: Any) -> Any:
@@ -200,15 +202,23 @@ def _check_parameters(source: SourceModel) -> None:
         _check_shape(source, name, tuple(parameter.shape))
     geometry, module = source.geometry, source.family.module
     attention = getattr(source.decoder.layers[0], module)
-    if "q_proj" in source.family.attention:
+    if not (isinstance(attention.scaling, int | float) and 0 < attention.scaling < math.inf):
+        raise CheckpointError(
+            f"config.json: transformers would scale the scores by {shown(attention.scaling)}, expected a positive number; take "
+            "config.json from the model's own folder."
+        )
+    heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+    expected = [count * geometry.head_dim for count in (heads, groups, groups)]
+    fused = source.family.attention.get(FUSED, "").rpartition(".")[2]
+    if fused:
+        found, expected = [getattr(attention, fused).weight.shape[0]], [sum(expected)]
+    else:
         found = [getattr(attention, which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
-        heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
-        expected = [count * geometry.head_dim for count in (heads, groups, groups)]
-        if found != expected:
-            raise UnsupportedModelError(
-                f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
-                f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
-            )
+    if found != expected:
+        raise UnsupportedModelError(
+            f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
+            f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
+        )
 
 
 def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None:
@@ -260,8 +270,8 @@ def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any) -> None:
         if name in known or value in (None, False, 0, [], {}, "") or not _speaks_of_attention(name):
             continue
         warnings.warn(
-            f"config.json: {name} = {value!r} is no field of transformers' {type(config).__name__}, which computes without it; "
-            "so does the conversion.",
+            f"config.json: {name[:_LONGEST_NAME]} = {shown(value)} is no field of transformers' {type(config).__name__}, which "
+            "computes without it; so does the conversion.",
             XecoWarning,
             stacklevel=2,
         )
@@ -271,6 +281,7 @@ def _speaks_of_attention(name: str) -> bool:
     return any(word in name for word in _ATTENTION_WORDS) and name not in _READ_BY_TRANSFORMERS
 
 
+_LONGEST_NAME = 60
 _ATTENTION_WORDS = (
     "attn",
     "attention",
@@ -282,6 +293,7 @@ _ATTENTION_WORDS = (
     "position_embedding",
     "sink",
     "clip_",
+    "logn",
 )
 # Fields that transformers reads although they are none of the class: old spellings, and choices of implementation.
 _READ_BY_TRANSFORMERS = frozenset(

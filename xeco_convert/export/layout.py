@@ -111,7 +111,15 @@ def _mla_layers(config: Mapping[str, Any]) -> tuple[MlaLayer, ...]:
         raise UnsupportedModelError(
             f"config.json: layers {kept} kept the source's attention, and a DeepSeek model has none but MLA; convert all layers."
         )
-    return tuple(MlaLayer.from_dict(entry) for entry in entries)
+    return tuple(mla_layer(number, entry) for number, entry in enumerate(entries))
+
+
+def mla_layer(number: int, entry: Mapping[str, Any]) -> MlaLayer:
+    """A layer's entry of mla_layers. Raises `CheckpointError` where it is none."""
+    try:
+        return MlaLayer.from_dict(entry)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: layer {number}: {error}.") from None
 
 
 def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer]) -> None:

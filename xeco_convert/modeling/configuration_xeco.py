@@ -6,8 +6,9 @@ is made on first use from the class of its source: `XecoLlamaConfig` extends `Ll
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,37 @@ CODE_FILES = (
     "xeco_latent_attention.py",
     "xeco_choice.py",
 )
+
+
+_WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _list_of(value: Any, allowed: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(allowed(item) for item in value)
+
+
+# What each field of an entry may be, before it is computed with.
+_ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "kv_lora_rank": lambda value: _whole(value, 1),
+    "qk_nope_head_dim": lambda value: _whole(value, 0),
+    "qk_rope_head_dim": lambda value: _whole(value, 0) and value % 2 == 0,
+    "v_head_dim": lambda value: _whole(value, 1),
+    "q_lora_rank": lambda value: value is None or _whole(value, 1),
+    "latent_norm": lambda value: isinstance(value, bool),
+    "rope_index": lambda value: value is None or _list_of(value, lambda item: _whole(item, 0)),
+    "biases": lambda value: _list_of(value, lambda item: item in ("q", "kv_a", "kv_b", "o")),
+    "q_norm": lambda value: value in (None, "head", "all"),
+    "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+}
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +82,22 @@ class MlaLayer:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
         """Read an entry of config.json. Raises `ValueError` naming unknown keys and widths that cannot be."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"mla_layers: expected an object or null for each layer, found {_shown(data)}")
         unknown = sorted(set(data) - {item.name for item in fields(cls)})
         if unknown:
-            raise ValueError(f"mla_layers: unknown keys {unknown}; this checkpoint needs a newer xeco-convert")
+            raise ValueError(f"mla_layers: unknown keys {_shown(unknown)}; this checkpoint needs a newer xeco-convert")
+        for name, allowed in _ENTRY_CHECKS.items():
+            if (name in data or name in _WIDTHS) and not allowed(data.get(name)):
+                raise ValueError(f"mla_layers: {name} cannot be {_shown(data.get(name))}")
         index = data.get("rope_index")
         layer = cls(
             **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
         )
-        if layer.kv_lora_rank < 1 or layer.qk_rope_head_dim < 0 or layer.qk_rope_head_dim % 2 or layer.v_head_dim < 1:
-            raise ValueError(f"mla_layers: widths must be positive and qk_rope_head_dim even, found {dict(data)}")
         if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
             )
-        if layer.q_norm not in (None, "head", "all"):
-            raise ValueError(f'mla_layers: expected "head", "all" or null for q_norm, found {layer.q_norm!r}')
         return layer
 
     def to_dict(self) -> dict[str, Any]:
