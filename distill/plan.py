@@ -13,7 +13,7 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.inspection import inspect_checkpoint
-from xeco_convert.pretrained import read_config
+from xeco_convert.pretrained import resolved
 
 from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
 from .attention import attention_prefixes
@@ -63,7 +63,7 @@ def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
     Raises `CheckpointError` where `folder` is no converted checkpoint, `TeacherError`, `OptionError`.
     """
     found = inspect_checkpoint(folder)
-    student = CheckpointIndex.open(folder)
+    student = resolved(CheckpointIndex.open(folder))
     teacher = find_teacher(student, options.teacher, options.teacher_revision)
     check_vocabulary(student, teacher)
     length, notes = _seq_length(student, teacher, options), []
@@ -135,7 +135,7 @@ class Sizes:
     def of(cls, plan: HealingPlan) -> Sizes:
         """From headers."""
         count = {name: math.prod(header.shape) for name, header in plan.student.headers.items()}
-        config, teacher = read_config(plan.student.config).to_dict(), plan.teacher.index
+        config, teacher = plan.student.config, plan.teacher.index
         converted = attention_prefixes(plan.student)
         return cls(
             parameters=sum(count.values()),

@@ -241,3 +241,13 @@ def test_verify_finds_a_tensor_that_is_not_the_source_s(
     with pytest.raises(VerificationError, match="its attention set aside, differs from the source: logits by"):
         convert(folder, tmp_path / "out", init="paper", rank=8, verify=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_may_be_bound_again(tmp_path: Path) -> None:
+    """As healing does with the source of the source's model."""
+    folder = build_checkpoint(tmp_path / "source")
+    write_weights(folder, without_prefix(load_file(folder / "model.safetensors"), "model"))
+    once = open_source(CheckpointIndex.open(folder))
+    twice = open_source(once.index)
+    assert twice.index == once.index and twice.index.stored_names["model.norm.weight"] == "norm.weight"
+    TensorReader(twice.index).read("model.norm.weight", dtype=torch.float32)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_json
+from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, read_json
 from xeco_convert.errors import CheckpointError, reason_of, shown
 
 _MOST = 100_000  # of anything that config.json counts
@@ -48,6 +49,14 @@ def _check_counts(raw: Mapping[str, Any], where: str | Path) -> None:
                 f"{where}: expected {name} to be at most {_MOST}, found {shown(value)}; take config.json from the model's own "
                 "folder."
             )
+
+
+def resolved(index: CheckpointIndex) -> CheckpointIndex:
+    """A checkpoint whose `config` has, beside what config.json says, all fields as transformers resolves them: silent ones with
+    the defaults of the class, old spellings under their present names. Raises `CheckpointError` as `read_config` does."""
+    values = read_config(index.config, index.folder / "config.json").to_dict()
+    values.pop("_name_or_path", None)  # where it was read
+    return replace(index, config={**index.config, **values})
 
 
 def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,10 +77,13 @@ def resolve_names(index: CheckpointIndex, skeleton: Any) -> TensorNames:
         if name != stored:
             stored_names[name] = stored
     ordered = _in_file_order(index, headers, stored_names)
+    in_files = {
+        name: index.stored_names.get(stored_names.get(name, name), stored_names.get(name, name)) for name in ordered
+    }
     return TensorNames(
         headers=ordered,
         files={name: index.files[stored_names.get(name, name)] for name in ordered},
-        stored_names=stored_names,
+        stored_names={name: stored for name, stored in in_files.items() if stored != name},
         parameters=parameters,
         ignored=tuple(name for name in index.headers if name in set(ignored)),
         tied=dict(getattr(skeleton, "all_tied_weights_keys", None) or {}),
