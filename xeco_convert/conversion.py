@@ -21,11 +21,11 @@ from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError
-from xeco_convert.factorize import MlaShape
 from xeco_convert.families import FamilySpec
 from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
+from xeco_convert.layer_entries import layer_entry
 from xeco_convert.model_card import model_card
-from xeco_convert.modeling import MlaLayer, code_files
+from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, auto_map
 from xeco_convert.options import ConvertOptions, parse_size
 from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
@@ -230,11 +230,6 @@ def model_identity(family: FamilySpec) -> dict[str, Any]:
         "architectures": [f"Xeco{family.class_prefix}ForCausalLM"],
         "auto_map": auto_map(family.class_prefix),
     }
-
-
-def layer_entry(shape: MlaShape) -> dict[str, Any]:
-    """A layer's entry of mla_layers."""
-    return MlaLayer(**shape.layer_fields()).to_dict()
 
 
 def _peak_memory_bytes() -> int:

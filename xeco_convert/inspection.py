@@ -11,8 +11,8 @@ from xeco_convert.checkpoint import DTYPE_BYTES
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.conversion import REPORT_FILE
 from xeco_convert.errors import CheckpointError, shown
-from xeco_convert.export.layout import mla_layer
 from xeco_convert.families import supported_model_types
+from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import DTYPES
 from xeco_convert.pretrained import read_config

@@ -14,6 +14,7 @@ from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.export.targets import HeadWidths, Target
 from xeco_convert.families import AttentionGeometry, FamilySpec
 from xeco_convert.families.spec import rope_parameters
+from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling import MlaLayer
 
 STOCK_NORM_EPS = 1e-6  # of kv_a_layernorm in transformers, whatever config.json says
@@ -112,14 +113,6 @@ def _mla_layers(config: Mapping[str, Any]) -> tuple[MlaLayer, ...]:
             f"config.json: layers {kept} kept the source's attention, and a DeepSeek model has none but MLA; convert all layers."
         )
     return tuple(mla_layer(number, entry) for number, entry in enumerate(entries))
-
-
-def mla_layer(number: int, entry: Mapping[str, Any]) -> MlaLayer:
-    """A layer's entry of mla_layers. Raises `CheckpointError` where it is none."""
-    try:
-        return MlaLayer.from_dict(entry)
-    except ValueError as error:
-        raise CheckpointError(f"config.json: layer {number}: {error}.") from None
 
 
 def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer]) -> None:
