@@ -96,14 +96,11 @@ def open_source(index: CheckpointIndex) -> SourceModel:
     """
     family = family_for(index.config)
     refuse_quantised(index.config)
+    _check_layers(index, index.config.get("num_hidden_layers"))
     config = read_config(index.config)
     values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     geometry = family.geometry(values)
-    if geometry.num_hidden_layers > len(index.headers):  # before anything is made for each layer: it may be absurd
-        raise CheckpointError(
-            f"config.json: num_hidden_layers is {geometry.num_hidden_layers}, but the weights hold {len(index.headers)} "
-            "tensors; the two do not belong together."
-        )
+    _check_layers(index, geometry.num_hidden_layers)
     family.check_config(values)
     family.check_numbers(values)
     skeleton = build_skeleton(config)
@@ -122,6 +119,15 @@ def open_source(index: CheckpointIndex) -> SourceModel:
     _warn_of_fields_without_effect(index.config, config)
     # tables are computed last, when the widths are known to be those of the weights: they may be absurd
     return replace(source, kinds=_layer_kinds(family, values, config, skeleton, geometry))
+
+
+def _check_layers(index: CheckpointIndex, count: Any) -> None:
+    """Before anything is made for each layer: the number may be absurd."""
+    if isinstance(count, int) and count > len(index.headers):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {shown(count)}, but the weights hold {len(index.headers)} tensors; the two do "
+            "not belong together."
+        )
 
 
 def build_skeleton(config: Any) -> Any:

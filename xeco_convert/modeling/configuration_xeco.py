@@ -89,7 +89,10 @@ class MlaLayer:
             raise ValueError(f"mla_layers: unknown keys {_shown(unknown)}; this checkpoint needs a newer xeco-convert")
         for name, allowed in _ENTRY_CHECKS.items():
             if (name in data or name in _WIDTHS) and not allowed(data.get(name)):
-                raise ValueError(f"mla_layers: {name} cannot be {_shown(data.get(name))}")
+                rule = (
+                    "widths must be positive and qk_rope_head_dim even" if name in _WIDTHS else "no such value can be"
+                )
+                raise ValueError(f"mla_layers: {rule}, found {name} = {_shown(data.get(name))}")
         index = data.get("rope_index")
         layer = cls(
             **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
