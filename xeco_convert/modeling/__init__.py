@@ -10,16 +10,4 @@ __all__ = [
     "code_files",
     "family_config_class",
     "family_model_class",
-    "register",
 ]
-
-
-def register(class_prefixes: list[str]) -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know the converted families, given their class prefixes."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    for prefix in class_prefixes:
-        config_class = family_config_class(prefix)
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, family_model_class(prefix, "Model"), exist_ok=True)
-        AutoModelForCausalLM.register(config_class, family_model_class(prefix, "ForCausalLM"), exist_ok=True)
