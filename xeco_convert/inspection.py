@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     """
     config = read_json(Path(folder) / "config.json")
     model_type = str(config.get("model_type"))
-    family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
-    entries = config.get("mla_layers")
+    text = converted_text(config)
+    family = supported_model_types().get(str(text.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    entries = text.get("mla_layers")
     if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(entries, list):
         raise CheckpointError(
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
         )
-    values = read_config(config, Path(folder) / "config.json").to_dict()
+    values = read_config(config, Path(folder) / "config.json").get_text_config().to_dict()
     width = family.geometry(values).cache_width
     kept = [
         0 if entry is None and family.window(values, number) is not None else width
@@ -46,6 +48,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     conversion = config.get("conversion") or {}
     return {
         "model_type": model_type,
+        "text_model_type": str(text["model_type"]),  # another one where the text model is part of a larger one
         "init": (conversion.get("options") or {}).get("init", "unknown initialisation"),
         "tool": conversion.get("tool", "an unknown version"),
         "source": conversion.get("source") or {"path": "an unrecorded source", "revision": None},
@@ -53,6 +56,12 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "kv_bytes_before": sum(kept) * number_bytes,
         "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * number_bytes,
     }
+
+
+def converted_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a converted config.json that the text model is described by: text_config of a model around one."""
+    text = config.get("text_config")
+    return text if "mla_layers" not in config and isinstance(text, Mapping) else config
 
 
 def _layer(number: int, entry: dict[str, Any] | None, kept: int, errors: dict[str, Any]) -> dict[str, Any]:

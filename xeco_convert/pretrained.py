@@ -1,6 +1,6 @@
 """What transformers makes of a checkpoint's files: its configuration and its model. What it refuses is one sentence here.
 
-The one place that calls transformers' loaders for configurations and causal language models, so that a source means the same
+The one place that calls transformers' loaders for configurations and models that write text, so that a source means the same
 to the plan, to calibration, to export and to healing, and so that no traceback of theirs reaches a user.
 """
 
@@ -42,19 +42,24 @@ def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name != "quantization_config" or value not in (None, {})}
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class for a configuration: AutoModelForCausalLM, or that of models around a text model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+
+
 def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
-    """A causal language model of transformers from a local folder, on the CPU, without its progress bars.
+    """A model of transformers that writes text, from a local folder, on the CPU, without its progress bars.
 
     `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Raises `CheckpointError` in one sentence.
     """
-    from transformers import AutoModelForCausalLM
-
     import xeco_convert  # noqa: F401  registers the converted families
 
     config = read_config(read_json(folder / "config.json"), folder / "config.json")
     try:
         with _no_progress_bars(), _loadable(folder) as whole:
-            return AutoModelForCausalLM.from_pretrained(
+            return auto_class(config).from_pretrained(
                 whole, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
             )
     except Exception as error:  # of transformers, safetensors, torch

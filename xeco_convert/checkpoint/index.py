@@ -28,7 +28,8 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Everything beside the weights that a user of the model needs, copied as it is.
 _COMPANION_PATTERNS = (
     *("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "additional_chat_templates/*", "generation_config.json", "preprocessor_config.json"),
+    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 )
 _HUB_PATTERNS = (*_COMPANION_PATTERNS, "config.json", "*.safetensors", INDEX_FILE, "README.md", ADAPTER_FILE)
