@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
 from xeco_convert.inspection import inspect_checkpoint
 from xeco_convert.pretrained import resolved
 
@@ -63,6 +63,11 @@ def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
     Raises `CheckpointError` where `folder` is no converted checkpoint, `TeacherError`, `OptionError`.
     """
     found = inspect_checkpoint(folder)
+    if found["text_model_type"] != found["model_type"]:
+        raise UnsupportedModelError(
+            f"{folder}: a {found['model_type']} model is one of text and images, expected a text model: what it is healed on is "
+            "text, and images would not be seen. Convert and heal its text model alone (docs/faq.md says how to save it)."
+        )
     student = resolved(CheckpointIndex.open(folder))
     teacher = find_teacher(student, options.teacher, options.teacher_revision)
     check_vocabulary(student, teacher)

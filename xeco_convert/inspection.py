@@ -12,7 +12,7 @@ from xeco_convert.checkpoint.index import read_json
 from xeco_convert.conversion import REPORT_FILE
 from xeco_convert.errors import CheckpointError, shown
 from xeco_convert.families import supported_model_types
-from xeco_convert.layer_entries import mla_layer
+from xeco_convert.layer_entries import converted_text, mla_layer
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import DTYPES
 from xeco_convert.pretrained import read_config
@@ -28,13 +28,14 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     """
     config = read_json(Path(folder) / "config.json")
     model_type = config.get("model_type")
-    family = supported_model_types().get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
-    entries = config.get("mla_layers")
+    text = converted_text(config)
+    family = supported_model_types().get(str(text.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    entries = text.get("mla_layers")
     if not str(model_type).startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(entries, list):
         raise CheckpointError(
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {shown(model_type)}."
         )
-    values = read_config(config, Path(folder) / "config.json").to_dict()
+    values = read_config(config, Path(folder) / "config.json").get_text_config().to_dict()
     if len(entries) != values["num_hidden_layers"]:
         raise CheckpointError(
             f"{folder}: config.json has {values['num_hidden_layers']} layers, but {len(entries)} entries in mla_layers; take the "
@@ -52,6 +53,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     conversion = conversion_record(config)
     return {
         "model_type": model_type,
+        "text_model_type": str(text["model_type"]),  # another one where the text model is part of a larger one
         "init": conversion["options"].get("init", "unknown initialisation"),
         "tool": conversion.get("tool", "an unknown version"),
         "source": conversion["source"] or {"path": "an unrecorded source", "revision": None},

@@ -1,4 +1,4 @@
-"""A converted layer's entry of mla_layers in config.json: written from its widths, and read back."""
+"""Entries of mla_layers in a converted config.json: where they are, written from widths, and read back."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def mla_layer(number: int, entry: Mapping[str, Any]) -> MlaLayer:
         return MlaLayer.from_dict(entry)
     except ValueError as error:
         raise CheckpointError(f"config.json: layer {number}: {error}.") from None
+
+
+def converted_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a converted config.json that the text model is described by: text_config of a model around one."""
+    text = config.get("text_config")
+    return text if "mla_layers" not in config and isinstance(text, Mapping) else config

@@ -1,6 +1,6 @@
 """What transformers makes of a checkpoint's files: its configuration and its model. What it refuses is one sentence here.
 
-The one place that calls transformers' loaders for configurations and causal language models, so that a source means the same
+The one place that calls transformers' loaders for configurations and models that write text, so that a source means the same
 to the plan, to calibration, to export and to healing, and so that no traceback of theirs reaches a user.
 """
 
@@ -64,15 +64,20 @@ def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name != "quantization_config" or value not in (None, {})}
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class for a configuration: AutoModelForCausalLM, or that of models around a text model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+
+
 def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
-    """A causal language model of transformers from a local folder, on the CPU, without its progress bars.
+    """A model of transformers that writes text, from a local folder, on the CPU, without its progress bars.
 
     `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Scores that are capped are computed by the eager
     attention, the only one that caps them in every release. Raises `CheckpointError` in one sentence: where the model cannot be
     loaded, and where weights are missing, which transformers makes up.
     """
-    from transformers import AutoModelForCausalLM
-
     import xeco_convert  # noqa: F401  registers the converted families
 
     config = plain_outputs(read_config(read_json(folder / "config.json"), folder / "config.json"))
@@ -80,7 +85,7 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
         options = {"attn_implementation": "eager", **options}
     try:
         with _no_progress_bars(), _loadable(folder) as whole:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class(config).from_pretrained(
                 whole,
                 config=config,
                 dtype=dtype,

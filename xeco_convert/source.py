@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of, shown
-from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
+from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for, family_within, wrapper_of
 from xeco_convert.families.spec import FUSED, refuse_quantised
-from xeco_convert.pretrained import plain_outputs, read_config
+from xeco_convert.pretrained import auto_class, plain_outputs, read_config
 from xeco_convert.tensor_names import TensorNames, resolve_names
 
 ReadTensor = Callable[[str], Tensor]
@@ -31,18 +31,25 @@ class SourceModel:
     """A source, bound once: files, family, transformers' configuration and class.
 
     `index` has the names under which transformers looks for tensors (files that leave out the base model's prefix get it);
-    `values` are the fields of the configuration as transformers resolved them; `skeleton` is the whole model on torch's
-    meta device; `names` says which stored tensors make up a parameter.
+    `config` is the configuration of the text model, `values` are its fields as transformers resolved them; `skeleton` is the
+    whole model on torch's meta device; `names` says which stored tensors make up a parameter. Of a model around a text model,
+    `wrapper` is how its classes begin, and `family` has the names of the text model's tensors within it.
     """
 
     index: CheckpointIndex
     family: FamilySpec
+    wrapper: str | None
     config: Any
     values: Mapping[str, Any]
     geometry: AttentionGeometry
     kinds: tuple[LayerKind, ...]
     skeleton: Any
     names: TensorNames
+
+    @property
+    def model_type(self) -> str:
+        """model_type of the whole model."""
+        return str(self.skeleton.config.model_type)
 
     @property
     def decoder(self) -> Any:
@@ -94,20 +101,30 @@ def open_source(index: CheckpointIndex) -> SourceModel:
     Raises `UnsupportedModelError` for models that are not converted, and `CheckpointError` where transformers does not take
     the configuration, or the files do not hold what its class needs.
     """
-    family = family_for(index.config)
-    refuse_quantised(index.config)
-    _check_layers(index, index.config.get("num_hidden_layers"))
-    config = read_config(index.config)
+    wrapper = wrapper_of(index.config)
+    if wrapper is None:  # refused by what the file says, in which transformers might find a fault of another kind
+        family_for(index.config)
+    for raw in _parts(index.config):
+        _check_model_type(raw)
+        refuse_quantised(raw)
+        _check_layers(index, raw.get("num_hidden_layers"))
+    whole = read_config(index.config)
+    config = whole if wrapper is None else whole.get_text_config()
     values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    family = family_for(values) if wrapper is None else family_within(index.config["model_type"], values)
     geometry = family.geometry(values)
-    _check_layers(index, geometry.num_hidden_layers)
+    for part in _parts(whole.to_dict()):
+        _check_layers(index, part.get("num_hidden_layers"))
     family.check_config(values)
     family.check_numbers(values)
-    skeleton = build_skeleton(config)
+    skeleton = build_skeleton(whole)
+    if wrapper is not None:
+        family = family.within(*_places(skeleton))
     names = resolve_names(index, skeleton)
     source = SourceModel(
         index=replace(index, headers=names.headers, files=names.files, stored_names=names.stored_names),
         family=family,
+        wrapper=wrapper,
         config=config,
         values=values,
         geometry=geometry,
@@ -116,7 +133,9 @@ def open_source(index: CheckpointIndex) -> SourceModel:
         names=names,
     )
     _check_parameters(source)
-    _warn_of_fields_without_effect(index.config, config)
+    _warn_of_fields_without_effect(index.config, whole)
+    if wrapper is not None:
+        _warn_of_fields_without_effect(index.config.get("text_config") or {}, config)
     # tables are computed last, when the widths are known to be those of the weights: they may be absurd
     return replace(source, kinds=_layer_kinds(family, values, config, skeleton, geometry))
 
@@ -130,18 +149,36 @@ def _check_layers(index: CheckpointIndex, count: Any) -> None:
         )
 
 
-def build_skeleton(config: Any) -> Any:
-    """transformers' causal language model of a configuration, on the meta device. Raises `CheckpointError`."""
-    from transformers import AutoModelForCausalLM
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A configuration and those of its parts."""
+    return [config, *(value for value in config.values() if isinstance(value, Mapping))]
 
+
+def _check_model_type(raw: Mapping[str, Any]) -> None:
+    """transformers takes any value for the model_type of a part, and stumbles over it later."""
+    if not isinstance(raw.get("model_type"), str | None):
+        raise CheckpointError(
+            f"config.json: expected a name for every model_type, found {raw['model_type']!r}; take config.json from the model's "
+            "own folder."
+        )
+
+
+def build_skeleton(config: Any) -> Any:
+    """transformers' model of a configuration that writes text, on the meta device. Raises `CheckpointError`."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            return auto_class(config).from_config(config, trust_remote_code=False).eval()
     except Exception as error:  # constructors of many classes, given any numbers
         raise CheckpointError(
             f"config.json: transformers cannot build the model that it describes ({reason_of(error)}); take config.json from "
             "the model's own folder."
         ) from None
+
+
+def _places(skeleton: Any) -> tuple[str, str]:
+    """Names of the decoder of text and of the output head in a model around them."""
+    names = {module: name for name, module in skeleton.named_modules()}
+    return names[skeleton.get_decoder()], names[skeleton.get_output_embeddings()]
 
 
 def rotary_embedding(config: Any, skeleton: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,27 @@ class FamilySpec:
                 f"{path.name}: qkv_layout must be one of {', '.join(QKV_LAYOUTS)} with {FUSED}, and only then"
             )
         return cls(**{**data, "rope_types": tuple(data["rope_types"])})
+
+    def within(self, decoder: str, output_head: str) -> FamilySpec:
+        """The family as a part of a larger model, in which its decoder and the output head have these names: the names of its
+        tensors there. Such models do nothing to the logits after the head, whatever the text model alone would do."""
+        base = self.layers.partition("layers.")[0]
+
+        def moved(name: str) -> str:
+            return f"{decoder}.{name.removeprefix(base)}" if name else ""
+
+        return replace(
+            self,
+            attention={which: moved(name) for which, name in self.attention.items()},
+            input_norm=moved(self.input_norm),
+            layers=moved(self.layers),
+            embedding=moved(self.embedding),
+            final_norm=moved(self.final_norm),
+            output_head=f"{output_head}.weight",
+            logits_divisor="",
+            logits_softcap="",
+            not_portable="it is part of a model of text and images, for which there is no stock class",
+        )
 
     @property
     def projections(self) -> tuple[str, ...]:
