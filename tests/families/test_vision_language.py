@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_key_norms_constant, source_config, write_json, write_tokenizer, write_weights
+from builders import make_key_norms_constant, write_json, write_weights
 from multimodal_builders import IMAGE_TOKEN, WRAPPED, build_wrapped, image_inputs, wrapped_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,7 +23,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -53,7 +52,6 @@ from xeco_convert.source import open_source
 from xeco_distill.pipeline import heal
 
 MODELS = ("gemma3", "mistral3", "llava")  # each with a text model, an image encoder and masks of its own
-FAQ = Path(__file__).resolve().parents[2] / "docs" / "faq.md"
 Converted = tuple[Path, Path, ConversionReport]
 
 
@@ -304,7 +302,10 @@ def test_auto_classes_know_every_converted_model_by_its_name(model_type: str) ->
     source = type(AutoConfig.for_model(model_type))
     assert PROCESSOR_MAPPING[type(config)] is PROCESSOR_MAPPING[source]
     for mapping in (IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING, TOKENIZER_MAPPING):
-        assert mapping.get(type(config), None) == mapping.get(source, None)
+        names = mapping._model_mapping
+        assert names.get(f"xeco_{model_type}") == names.get(model_type) and (type(config) in mapping) == (
+            source in mapping
+        )
     assert set(WRAPPED) == set(WRAPPERS)
 
 
@@ -412,77 +413,3 @@ def test_tensors_of_the_image_encoder_without_a_place_are_refused_unless_transfo
     with_a_tensor(folder, "vision_tower.vision_model.extra.weight", torch.ones(4))
     with pytest.raises(CheckpointError, match=r"vision_tower.vision_model.extra.weight is no tensor of a llava model"):
         open_source(CheckpointIndex.open(folder))
-
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "vipllava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}},
-    "qwen2_audio": {"text_config": {"model_type": "qwen2"}, "audio_config": {"model_type": "qwen2_audio_encoder"}},
-}
-
-
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_other_models_around_a_supported_text_model_are_refused_with_what_works(
-    model_type: str, tmp_path: Path
-) -> None:
-    folder = build_wrapped(tmp_path / "source", "llava")
-    write_json(folder / "config.json", {"model_type": model_type, **OTHERS[model_type]})
-    with pytest.raises(
-        UnsupportedModelError, match=r"whole models are converted for gemma3, .*docs/faq.md says how to save"
-    ):
-        open_source(CheckpointIndex.open(folder))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "text"), [("qwen2_5_vl", "qwen2_5_vl_text"), ("blip-2", "opt"), ("llava", "opt"), ("llava", "gemma")]
-)
-def test_models_around_other_text_models_are_refused(model_type: str, text: str, tmp_path: Path) -> None:
-    folder = build_wrapped(tmp_path / "source", "llava")
-    write_json(folder / "config.json", {"model_type": model_type, "text_config": {"model_type": text}})
-    with pytest.raises(UnsupportedModelError, match=rf"wraps a text model \('{text}'\), which is no supported family"):
-        open_source(CheckpointIndex.open(folder))
-
-
-def advice() -> str:
-    """The code in docs/faq.md that saves a text model alone."""
-    answer = FAQ.read_text(encoding="utf-8").split("**Vision-language models?**")[1].split("\n**")[0]
-    assert all(f"`{model_type}`" in answer for model_type in WRAPPERS)
-    return answer.split("```python\n")[1].split("```")[0]
-
-
-@pytest.mark.parametrize("model_type", [*MODELS, "vipllava", "qwen2_audio"])
-def test_the_advice_for_saving_a_text_model_alone_works(model_type: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    if model_type in OTHERS:
-        build_other(source, model_type)
-    else:
-        build_wrapped(source, model_type)
-    exec(advice(), {"IN": source, "TEXT": tmp_path / "text"})
-    report = xeco_convert.convert(tmp_path / "text", tmp_path / "out", rank=16, calibration_tokens=128, verify=True)
-    assert report.path_error is not None and report.path_error < 1e-5
-    ids = torch.randint(3, IMAGE_TOKEN, (1, 9))
-    with torch.no_grad():
-        expected = AutoModelForMultimodalLM.from_pretrained(source)(input_ids=ids).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "text")(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    if model_type != "qwen2_audio":  # for which transformers expects byte pairs, and these are words
-        tokens = [
-            AutoTokenizer.from_pretrained(folder)("w3 w17 w5").input_ids for folder in (source, tmp_path / "text")
-        ]
-        assert tokens[0] == tokens[1] == [3, 17, 5]
-
-
-def build_other(folder: Path, model_type: str) -> None:
-    """A tiny model around a supported text model that is not converted whole."""
-    fields = OTHERS[model_type]
-    settings: dict[str, Any] = {"text_config": source_config(fields["text_config"]["model_type"])}
-    if model_type == "vipllava":
-        vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        settings["vision_config"] = {**fields["vision_config"], **vision, "image_size": 16, "patch_size": 8}
-        settings |= {"vision_feature_layers": [-1, -2]}
-    else:
-        audio = {"d_model": 24, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-        settings["audio_config"] = {**fields["audio_config"], **audio}
-    config = AutoConfig.for_model(model_type, **settings)
-    torch.manual_seed(0)
-    AutoModelForMultimodalLM.from_config(config).save_pretrained(folder)
-    write_tokenizer(folder)

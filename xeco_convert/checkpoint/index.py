@@ -173,9 +173,10 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
+        kind = "MultimodalLM" if "text_config" in _read_config(folder) else "CausalLM"
         return CheckpointError(
             f"{folder}: found pickled weights ({pickles[0]}), which are never loaded; expected {SINGLE_FILE}. Convert them "
-            'first: AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(new_folder).'
+            f'first: AutoModelFor{kind}.from_pretrained(folder, dtype="auto").save_pretrained(new_folder).'
         )
     return CheckpointError(
         f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither; give a whole checkpoint folder."
