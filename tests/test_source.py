@@ -203,7 +203,7 @@ def test_an_adapter_beside_the_weights_is_refused(lone: bool, tmp_path: Path) ->
     ("variant", "field", "value"),
     [
         ("llama", "attn_logit_softcapping", 30.0),
-        ("qwen3", "use_qk_norm", True),
+        ("llama", "use_qk_norm", True),
         ("gemma2", "use_alibi", True),
         ("phi3", "full_attn_mod", 1),
     ],

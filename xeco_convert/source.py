@@ -133,9 +133,9 @@ def open_source(index: CheckpointIndex) -> SourceModel:
         names=names,
     )
     _check_parameters(source)
-    _warn_of_fields_without_effect(index.config, whole)
+    _warn_of_fields_without_effect(index.config, whole, family)
     if wrapper is not None:
-        _warn_of_fields_without_effect(index.config.get("text_config") or {}, config)
+        _warn_of_fields_without_effect(index.config.get("text_config") or {}, config, family)
     # tables are computed last, when the widths are known to be those of the weights: they may be absurd
     return replace(source, kinds=_layer_kinds(family, values, config, skeleton, geometry))
 
@@ -305,12 +305,14 @@ def _check_dtype(index: CheckpointIndex, name: str) -> None:
         )
 
 
-def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any) -> None:
+def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any, family: FamilySpec) -> None:
     """Fields whose names speak of attention and that transformers' class does not know: it computes without them, and so does
     the conversion; the user should know, in case these weights belong to another architecture."""
     known = type(config)().to_dict().keys() | set(getattr(config, "attribute_map", {}))
     for name, value in raw.items():
         if name in known or value in (None, False, 0, [], {}, "") or not _speaks_of_attention(name):
+            continue
+        if family.has_key_norm and "qk" in name and "norm" in name:  # says what the class does always
             continue
         warnings.warn(
             f"config.json: {name[:_LONGEST_NAME]} = {shown(value)} is no field of transformers' {type(config).__name__}, which "
