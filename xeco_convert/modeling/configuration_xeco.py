@@ -27,6 +27,8 @@ CODE_FILES = (
     "xeco_latent_attention.py",
     "xeco_choice.py",
 )
+# Those of xeco_convert/ops, by the name that they have there.
+_OF_OPS = {"xeco_latent_attention.py": "torch_attention.py", "xeco_choice.py": "choice.py"}
 # Between the name of a model around a text model and the kind of its class: XecoLlavaMultimodalConfig. Without it the
 # classes of Gemma 3 would be those of its text model.
 MULTIMODAL = "Multimodal"
@@ -175,8 +177,7 @@ def code_files() -> dict[str, Path]:
     ops = here.parent / "ops"
     if not ops.is_dir():
         return {}
-    files = (*(here / name for name in CODE_FILES[:3]), ops / "torch_attention.py", ops / "choice.py")
-    return dict(zip(CODE_FILES, files, strict=True))
+    return {name: ops / _OF_OPS[name] if name in _OF_OPS else here / name for name in CODE_FILES}
 
 
 def family_config_class(prefix: str) -> Any:
