@@ -90,6 +90,13 @@ def test_encoders_are_refused(config: dict[str, Any], sentence: str) -> None:
         family_for(config)
 
 
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3"])
+def test_attention_that_is_not_causal_is_refused(variant: str) -> None:
+    values = read_config({**source_config(variant), "use_bidirectional_attention": True}).to_dict()
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention is set: an encoder of text"):
+        family_for({"model_type": values["model_type"]}).check_config(values)
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
 def test_quantised_sources_are_to_be_dequantised_first(method: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"quantised \({method}\), .*save a dequantised copy first"):
