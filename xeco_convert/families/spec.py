@@ -159,10 +159,14 @@ class FamilySpec:
         return AttentionGeometry(**numbers)
 
     def check_config(self, values: Mapping[str, Any]) -> None:
-        """Refuse rotary types that this family is not known to convert, and shares of a head that cannot be.
-
-        Raises `UnsupportedModelError`, `CheckpointError`.
+        """Refuse rotary types that this family is not known to convert, shares of a head that cannot be, and attention that is
+        not causal. Raises `UnsupportedModelError`, `CheckpointError`.
         """
+        if values.get("use_bidirectional_attention"):
+            raise UnsupportedModelError(
+                "config.json: use_bidirectional_attention is set: an encoder of text, whose tokens see what follows them; expected a "
+                "decoder, whose KV cache grows with the text."
+            )
         for rope in self._all_rope_parameters(values):
             rope_type = rope.get("rope_type", "default")
             if rope_type not in self.rope_types:
