@@ -164,8 +164,8 @@ class FamilySpec:
         """
         if values.get("use_bidirectional_attention"):
             raise UnsupportedModelError(
-                "config.json: use_bidirectional_attention is set: an encoder of text, whose tokens see what follows them; expected a "
-                "decoder, whose KV cache grows with the text."
+                "config.json: use_bidirectional_attention is set: an encoder of text, whose tokens see what follows them; "
+                "expected a decoder, whose KV cache grows with the text."
             )
         for rope in self._all_rope_parameters(values):
             rope_type = rope.get("rope_type", "default")
