@@ -33,7 +33,8 @@ class MlaLayer:
     `rope_index` says which source frequency each rotary pair uses; None stands for fresh frequencies of the source's
     rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or
     "all" where queries are normalised behind q_proj (each head, or all rows together); q_head_proj then maps each head to
-    its un-rotated and rotary rows. `logit_softcap` bounds the scores. A layer without rotation has qk_rope_head_dim 0.
+    its un-rotated and rotary rows. `k_norm`, the same of the keys: the source's k_proj, k_norm and v_proj stay (`biases` may
+    name k and v), and kv_a_proj_with_mqa reads what they give. `logit_softcap` bounds the scores. A layer without rotation has qk_rope_head_dim 0.
     """
 
     kv_lora_rank: int
@@ -45,6 +46,7 @@ class MlaLayer:
     rope_index: tuple[int, ...] | None = None
     biases: tuple[str, ...] = ()
     q_norm: str | None = None
+    k_norm: str | None = None
     logit_softcap: float | None = None
 
     @classmethod
@@ -63,8 +65,9 @@ class MlaLayer:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
             )
-        if layer.q_norm not in (None, "head", "all"):
-            raise ValueError(f'mla_layers: expected "head", "all" or null for q_norm, found {layer.q_norm!r}')
+        for name, kind in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+            if kind not in (None, "head", "all"):
+                raise ValueError(f'mla_layers: expected "head", "all" or null for {name}, found {kind!r}')
         return layer
 
     def to_dict(self) -> dict[str, Any]:
