@@ -31,10 +31,11 @@ from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
 from xeco_convert.errors import XecoError
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.options import DistillOptions
 from xeco_distill.stages.distillation import loss_terms
 from xeco_distill.stages.layerwise import balance_model
-from xeco_distill.teacher import hidden_states, load_model
+from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss
 
 MARKS = (24_576, 49_152, 98_304, 196_608)
@@ -228,7 +229,7 @@ def loss(options: argparse.Namespace) -> int:
 def throughput(options: argparse.Namespace) -> int:
     """Tokens per second of a step (teacher, student, loss, backward), chunked and with full logits, in turn."""
     machine, bench = machine_facts(), Bench.open(options.checkpoint, options.work_dir)
-    student = load_model(bench.student("calibrated", options.kv[0]), torch.float32)
+    student = load_causal_lm(bench.student("calibrated", options.kv[0]), torch.float32)
     balance_model(student)
     rows = bench.held_out
     batch = {name: torch.stack([rows[number][name] for number in range(options.rows)]) for name in rows[0]}

@@ -20,6 +20,7 @@ from xeco_convert import convert
 from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.sampling import sample_rows
 from xeco_convert.evaluate import sequence_windows, token_windows
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.arguments import training_arguments
 from xeco_distill.data import PackedRows
 from xeco_distill.data.rows import PackedRows as Rows
@@ -27,7 +28,7 @@ from xeco_distill.evaluation.quality import measure_quality
 from xeco_distill.options import DistillOptions
 from xeco_distill.stages.distillation import choose_trained, loss_terms
 from xeco_distill.stages.layerwise import LayerwiseStage, balance_model
-from xeco_distill.teacher import Teacher, load_model
+from xeco_distill.teacher import Teacher
 from xeco_distill.trainer import DistillationTrainer
 
 SHARED = Path(os.environ.get("XECO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -113,10 +114,10 @@ class Bench:
     @classmethod
     def open(cls, name: str, work: Path) -> Bench:
         """Load the source."""
-        from xeco_convert.calibration.text import load_tokenizer
+        from xeco_convert.tokenizer import load_tokenizer
 
         checkpoint = CHECKPOINTS[name]
-        model = load_model(checkpoint.folder, torch.float32)
+        model = load_causal_lm(checkpoint.folder, torch.float32)
         tokenizer = load_tokenizer(checkpoint.folder)
         work.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(model, model.config.vocab_size)
@@ -212,7 +213,7 @@ def train_and_measure(
     """Heal once over `rows` and measure at the start and after each of `marks` tokens. `layers`: options of the layer-wise
     stage before it."""
     began = time.monotonic()
-    model = load_model(student, torch.float32)
+    model = load_causal_lm(student, torch.float32)
     if layers is not None:
         heal_layers(bench, student, model, layers)
     if settings.balance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ def distill_command(
     from .pipeline import heal, work_place
 
     say_when_interrupted(_interrupted(folder, work_place(folder.absolute(), options), options))
-    logging.disable_progress_bar()  # transformers' own bars would run into this command's
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # other bars would run into this command's
+    logging.disable_progress_bar()
     with progress(quiet or not is_main_process(), by_stage=True) as report:
         found = heal(folder, options, report=report)
     if not is_main_process():
@@ -167,16 +169,12 @@ def require_extras() -> None:
 
 def is_main_process() -> bool:
     """Whether this process prints, where several take part."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
 def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: bool) -> None:
     if quiet or not is_main_process():
         return
-    import os
-
     import torch
 
     from .pipeline import work_place

@@ -57,8 +57,8 @@ class DistillOptions:
     )
     teacher_revision: str | None = _option("Branch, tag or commit of --teacher on the hub.", metavar="REV")
     data: str | None = _option(
-        "Text to train on: .jsonl, .parquet, .txt, or a data set's name (name:split), with text, messages, or prompt and "
-        "completion. [sampled from the teacher]",
+        "Text to train on: .txt, .md, .jsonl, .json, .csv (also .gz), .parquet, or a data set (name:split), with "
+        "text, messages, or prompt and completion. [sampled from the teacher]",
         metavar="TEXT",
     )
     assistant_only: bool = _option("Learn from assistant turns and completions only, not from what they answer.", False)

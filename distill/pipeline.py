@@ -15,6 +15,7 @@ import torch
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError
+from xeco_convert.pretrained import load_causal_lm
 
 from .callbacks import Report
 from .data import PackedRows
@@ -27,7 +28,7 @@ from .result import check_place, put_in_place, record, recover, save_overlay, wr
 from .sharding import shard
 from .stages.distillation import DistillationStage, Place, fidelity_dict
 from .stages.layerwise import LayerwiseStage, same_outside_attention
-from .teacher import Teacher, check_head, load_model
+from .teacher import Teacher, check_head
 from .work import RunFolder, fingerprint
 
 
@@ -145,7 +146,7 @@ class _Run:
         if self._teacher is None:
             dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
             self._report("loading the teacher", 0.0, {})
-            model = load_model(self._plan.teacher.folder, dtype)
+            model = load_causal_lm(self._plan.teacher.folder, dtype)
             check_head(model, f"teacher {self._plan.teacher.name}")
             model = model.eval().requires_grad_(False)
             if self._place.shards(self._options):
@@ -159,7 +160,7 @@ class _Run:
         """The teacher for sampling: whole on this device, since processes that generate do not run in step."""
         if not self._place.shards(self._options):
             return self._teacher_model()
-        model = load_model(self._plan.teacher.folder, "auto").to(self._place.device).eval()
+        model = load_causal_lm(self._plan.teacher.folder, "auto").to(self._place.device).eval()
         return Teacher(model, self._plan.student.config["vocab_size"])
 
     def _release_teacher(self) -> None:
@@ -175,7 +176,7 @@ class _Run:
             what = f"measuring {'before' if name.startswith('before') else 'after'}"
             self._report(what, 0.0, {})
             dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
-            student = load_model(folder, dtype).to(self._place.device).eval()
+            student = load_causal_lm(folder, dtype).to(self._place.device).eval()
             tell: Callable[[float], None] = lambda share: self._report(what, share, {})  # noqa: E731
             found = fidelity_dict(measure_quality(self._teacher_model(), student, held_out, on_progress=tell))
             tell(1.0)
@@ -203,12 +204,12 @@ class _Run:
             stage.run(self._report)
         self._place.barrier()
         if self._place.is_main:
-            save_overlay(load_model(start, torch.float32), stage.tensors(), result)
+            save_overlay(load_causal_lm(start, torch.float32), stage.tensors(), result)
         self._place.barrier()
         return stage.result().to_dict()
 
     def _distil(self, start: Path, result: Path, train: PackedRows, held_out: PackedRows) -> dict[str, Any]:
-        student = load_model(start, torch.float32)
+        student = load_causal_lm(start, torch.float32)
         stage = DistillationStage(
             *(student, self._teacher_model, (train, held_out), self._work, self._options, self._place, self._report),
             release_teacher=self._release_teacher,

@@ -17,6 +17,7 @@ from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorRea
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
 
 from .card import healing_section, replace_section
 
@@ -29,7 +30,8 @@ _SHARD_BYTES = 5 * 10**9
 def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target: Path) -> None:
     """`target`: every tensor of `trained` in the dtype that `student` stores it in; all other files of `student` as they are.
 
-    What transformers saves under another name than `student` has is written under that name, in the most common dtype.
+    What transformers saves under another name than `student` has is written under that name, in the most common dtype. Raises
+    `CheckpointError` where the tokenizer would not read text as the student's does.
     """
     stored = {name: header.dtype for name, header in student.headers.items()}
     usual = Counter(stored.values()).most_common(1)[0][0]
@@ -47,6 +49,7 @@ def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target:
         for name in (REPORT_FILE, "README.md", "config.json"):
             if (student.folder / name).is_file():
                 writer.copy_file(student.folder / name, Path(name))
+        keep_tokenizer(TokenizerPlace.of(student), writer.folder)
 
 
 def record(folder: Path, healing: dict[str, Any]) -> None:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xeco_convert.calibration.text import load_tokenizer
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
+from xeco_convert.tokenizer import TokenizerPlace, first_difference
 
 from .errors import TeacherError
 from .losses import Prediction, TopKPrediction, VocabularyHead
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,61 +67,25 @@ def _same_shape(teacher: CheckpointIndex, student: CheckpointIndex) -> bool:
 
 def check_vocabulary(student: CheckpointIndex, teacher: TeacherPlace) -> None:
     """Whether both read and write the same tokens. Raises `TeacherError` naming the first that differs."""
-    folders = student.folder, teacher.folder
+    places = TokenizerPlace.of(teacher.index), TokenizerPlace(folder=student.folder)
     sizes = [index.config.get("vocab_size") for index in (student, teacher.index)]
-    has = [any((folder / name).is_file() for name in _TOKENIZER_FILES) for folder in folders]
-    if not all(has):
+    if not all(place.exists for place in places):
         if sizes[0] != sizes[1]:
             raise TeacherError(
                 f"{teacher.name}: has a vocabulary of {sizes[1]}, the student of {sizes[0]}, expected the same; "
                 "choose a teacher of the student's family."
             )
         return
-    if _same_file(*(folder / "tokenizer.json" for folder in folders)):
-        return
-    vocabularies = [load_tokenizer(folder).get_vocab() for folder in folders]
-    by_id = [{number: token for token, number in vocabulary.items()} for vocabulary in vocabularies]
-    for number in sorted(set(by_id[0]) | set(by_id[1])):
-        own, other = by_id[0].get(number), by_id[1].get(number)
-        if own != other:
-            words = ["no token" if token is None else repr(token) for token in (own, other)]
-            raise TeacherError(
-                f"{teacher.name}: its tokenizer differs from the student's: id {number} is {words[1]}, for the student "
-                f"{words[0]}; choose a teacher of the student's family."
-            )
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()
-
-
-def load_model(folder: Path, dtype: torch.dtype | str) -> Any:
-    """A causal language model of transformers from a folder, on the CPU. Raises `CheckpointError` in one sentence: where it
-    cannot be loaded, and where weights are missing, which transformers makes up."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    import xeco_convert  # noqa: F401  registers the converted families
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    theirs, own = (place.load() for place in places)
+    found = first_difference(own, theirs, settings=False)
+    if found is not None:
+        advice = "choose a teacher of the student's family"
+        if teacher.is_source:
+            advice += f"; if OUT was converted from it, `xeco-convert refresh {student.folder}` renews OUT's tokenizer"
+        raise TeacherError(
+            f"{teacher.name}: its tokenizer differs from the student's: {found.probe} {found.found}, for the student "
+            f"{found.expected}; {advice}."
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: the model could not be loaded ({reason}).") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if found["missing_keys"]:
-        raise CheckpointError(
-            f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
-        )
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the only one that caps scores in every release of transformers
-    return model
 
 
 def vocabulary_head(model: Any, vocabulary: int | None = None) -> VocabularyHead:

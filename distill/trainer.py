@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from xeco_convert.pretrained import load_causal_lm
+
 from .data import PackedRows
 from .errors import HealingError
 from .losses import Prediction, Term, TopKPrediction, chunked_loss
-from .teacher import KeptTeacher, Teacher, hidden_states, load_model, vocabulary_head
+from .teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is never loaded
 
@@ -65,7 +67,7 @@ class WholeLoading(Trainer):
             self._take_up(str(self.state.best_model_checkpoint))
 
     def _take_up(self, folder: str) -> None:
-        self.model.load_state_dict(load_model(Path(folder), torch.float32).state_dict())
+        self.model.load_state_dict(load_causal_lm(Path(folder), torch.float32).state_dict())
 
 
 class DistillationTrainer(WholeLoading):

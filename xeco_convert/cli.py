@@ -42,7 +42,8 @@ Also:
   xeco-convert inspect FOLDER    what a converted checkpoint is
   xeco-convert sweep IN          what each KV size would cost in quality; writes no checkpoint
   xeco-convert export OUT DEST   a converted checkpoint as stock DeepSeek-V3, for other engines
-                                 (folders of these names are written ./inspect, ./sweep and ./export)
+  xeco-convert refresh OUT       what an older version wrote beside the weights, as this one writes it
+                                 (folders of these names are written ./inspect, ./sweep, ./export and ./refresh)
 
 Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else."""
 
@@ -288,7 +289,7 @@ def export_command(
     options = ExportOptions(format=format_name, **fields)
     say_when_interrupted(_interrupted_output(output, "."))
     logging.disable_progress_bar()  # transformers' own bars would run into this command's
-    with progress(quiet) as on_progress:
+    with _warnings(quiet), progress(quiet) as on_progress:
         report = export_checkpoint(converted, output, options, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
@@ -313,7 +314,37 @@ def _show_export(report: ExportReport, output: Path) -> None:
     )
 
 
-_SUBCOMMANDS = {"inspect": inspect_command, "sweep": sweep_command, "export": export_command}
+@click.command(context_settings={"max_content_width": 110})
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--source", metavar="IN", help="The model that OUT was converted from, where it lies elsewhere now.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of sentences.")
+def refresh_command(folder: Path, source: str | None, as_json: bool) -> None:
+    """Renew code files, config.json and tokenizer of a folder that an older version converted; weights stay.
+
+    OUT is a folder that xeco-convert wrote or xeco-distill healed (no export: export again from the refreshed folder). Its
+    tokenizer is compared with that of the source, which config.json records.
+    """
+    from xeco_convert.refresh import refresh_checkpoint
+
+    report = refresh_checkpoint(folder, source)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    for what, names in (("changed", report.changed), ("added", report.added), ("removed", report.removed)):
+        if names:
+            click.echo(f"{what}: {', '.join(names)}")
+    if not (report.changed or report.added or report.removed):
+        click.echo(f"{folder}: nothing to renew, it is as this version writes it")
+    if report.tokenizer_left is not None:
+        click.echo(f"tokenizer not compared: {report.tokenizer_left}")
+
+
+_SUBCOMMANDS = {
+    "inspect": inspect_command,
+    "sweep": sweep_command,
+    "export": export_command,
+    "refresh": refresh_command,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

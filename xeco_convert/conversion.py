@@ -16,11 +16,13 @@ import torch
 
 from xeco_convert import __version__
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, CheckpointWriter, TensorHeader, TensorReader
+from xeco_convert.checkpoint.companions import companion_files
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError
 from xeco_convert.factorize import MlaShape
+from xeco_convert.families import FamilySpec
 from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
 from xeco_convert.model_card import model_card
 from xeco_convert.modeling import MlaLayer, code_files
@@ -30,6 +32,7 @@ from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
 from xeco_convert.pretrained import without_empty_settings
 from xeco_convert.report import ConversionReport, LayerReport
 from xeco_convert.report_page import report_page
+from xeco_convert.tokenizer import prepared_companions
 from xeco_convert.verify import LayerChecker, check_path_to_logits, sampled_layers
 
 FORMAT_VERSION = 1
@@ -62,8 +65,9 @@ def convert(
     index = CheckpointIndex.open(source, options.revision)
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     plan = make_plan(index, options)
-    run = _Conversion(plan, device, on_progress or (lambda what, share: None))
-    report = run.write(Path(output))
+    with prepared_companions(index, {**index.config, **model_identity(plan.family)}) as companions:
+        run = _Conversion(plan, device, on_progress or (lambda what, share: None), companions)
+        report = run.write(Path(output))
     return dataclasses.replace(
         report,
         source=str(source),
@@ -74,13 +78,16 @@ def convert(
 
 
 class _Conversion:
-    """One run over a plan: takes each layer from the initialisation, writes it, forgets it."""
+    """One run over a plan: takes each layer from the initialisation, writes it, forgets it.
 
-    def __init__(self, plan: ConversionPlan, device: torch.device, on_progress: Progress) -> None:
+    `companions`: a folder with the files of the source that are written beside the weights."""
+
+    def __init__(self, plan: ConversionPlan, device: torch.device, on_progress: Progress, companions: Path) -> None:
         self._plan = plan
         self._reader = TensorReader(plan.index)
         self._device = device
         self._on_progress = on_progress
+        self._companions = companions
         self._layer_reports: dict[int, LayerReport] = {}
 
     def write(self, output: Path) -> ConversionReport:
@@ -174,9 +181,8 @@ class _Conversion:
 
     def _write_companions(self, writer: CheckpointWriter) -> None:
         """What the weights are loaded with: configuration, code, tokenizer and licences of the source."""
-        index = self._plan.index
-        for relative in index.companion_files():
-            writer.copy_file(index.folder / relative, relative)
+        for relative in companion_files(self._companions):
+            writer.copy_file(self._companions / relative, relative)
         for name, file in code_files().items():
             writer.copy_file(file, Path(name))
         writer.write_text("config.json", json.dumps(output_config(self._plan), indent=2) + "\n")
@@ -192,7 +198,7 @@ class _Conversion:
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
     """config.json of the output: the source's own, with an honest model_type and the widths of every layer."""
-    prefix, index, options = plan.family.class_prefix, plan.index, plan.options
+    index, options = plan.index, plan.options
     config = without_empty_settings(index.config)
     config.pop("_name_or_path", None)
     if options.dtype is not None:
@@ -202,9 +208,7 @@ def output_config(plan: ConversionPlan) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in names}
     return {
         **config,
-        "model_type": f"{MODEL_TYPE_PREFIX}{plan.family.model_type}",
-        "architectures": [f"Xeco{prefix}ForCausalLM"],
-        "auto_map": auto_map(prefix),
+        **model_identity(plan.family),
         "mla_layers": [None if item.shape is None else layer_entry(item.shape) for item in plan.layers],
         "conversion": {
             "format_version": FORMAT_VERSION,
@@ -216,6 +220,15 @@ def output_config(plan: ConversionPlan) -> dict[str, Any]:
             },
             "options": {name: value for name, value in given.items() if value not in (None, False)},
         },
+    }
+
+
+def model_identity(family: FamilySpec) -> dict[str, Any]:
+    """The entries of config.json by which transformers finds the classes of a converted family."""
+    return {
+        "model_type": f"{MODEL_TYPE_PREFIX}{family.model_type}",
+        "architectures": [f"Xeco{family.class_prefix}ForCausalLM"],
+        "auto_map": auto_map(family.class_prefix),
     }
 
 

@@ -9,11 +9,6 @@ _LONGEST_REASON = 300
 _TERSE = 60
 
 
-def first_line(error: BaseException) -> str:
-    """What another library's error says, as part of a sentence: its first line, or else its kind."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 class XecoError(Exception):
     """Base of all errors that xeco-convert and xeco-distill raise on purpose; `str(error)` is the sentence."""
 

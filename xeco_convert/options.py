@@ -61,7 +61,7 @@ class ConvertOptions:
         False,
     )
     calibration: str | None = _option(
-        "Text to calibrate on: .txt, .jsonl, .parquet (fields text or messages) or a data set's name. "
+        "Text to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv (also .gz), .parquet, or a data set's name. "
         "[sampled from the source model]",
         metavar="TEXT",
     )

@@ -45,20 +45,35 @@ def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
     """A causal language model of transformers from a local folder, on the CPU, without its progress bars.
 
-    `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Raises `CheckpointError` in one sentence.
+    `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Scores that are capped are computed by the eager
+    attention, the only one that caps them in every release. Raises `CheckpointError` in one sentence: where the model cannot be
+    loaded, and where weights are missing, which transformers makes up.
     """
     from transformers import AutoModelForCausalLM
 
     import xeco_convert  # noqa: F401  registers the converted families
 
     config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    if getattr(config, "attn_logit_softcapping", None):
+        options = {"attn_implementation": "eager", **options}
     try:
         with _no_progress_bars(), _loadable(folder) as whole:
-            return AutoModelForCausalLM.from_pretrained(
-                whole, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
+            model, found = AutoModelForCausalLM.from_pretrained(
+                whole,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
             )
     except Exception as error:  # of transformers, safetensors, torch
         raise CheckpointError(f"{folder}: the model could not be loaded ({reason_of(error)}).") from None
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
+        )
+    return model
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xeco_convert.calibration.text import load_tokenizer
+from xeco_convert.tokenizer import load_tokenizer
 
 from ..callbacks import Report
 from ..data.documents import read_documents

@@ -13,6 +13,7 @@ import torch
 from xeco_convert.command import say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.pretrained import load_causal_lm
 from xeco_convert.progress import progress
 
 from ..callbacks import Report
@@ -21,7 +22,7 @@ from ..data import PackedRows
 from ..options import DistillOptions
 from ..plan import HealingPlan, make_healing_plan, refuse_foreign_folder
 from ..result import record_evaluation
-from ..teacher import Teacher, check_head, load_model
+from ..teacher import Teacher, check_head
 
 _OTHER_SEED = 1_000_003  # sampled text must not be what a healing run with the same seed was trained on
 
@@ -141,7 +142,7 @@ def evaluate_checkpoint(
 def _ready(folder: Path, device: torch.device, what: str) -> Any:
     """A model for measuring: as stored on a GPU, in float32 on a CPU."""
     dtype: torch.dtype | str = "auto" if device.type == "cuda" else torch.float32
-    model = load_model(folder, dtype).to(device).eval()
+    model = load_causal_lm(folder, dtype).to(device).eval()
     check_head(model, f"{what} {folder}")
     return model
 
@@ -183,7 +184,7 @@ def _needle(
     seed: int,
     report: Report,
 ) -> list[dict[str, Any]]:
-    from xeco_convert.calibration.text import load_tokenizer
+    from xeco_convert.tokenizer import load_tokenizer
 
     from ..evaluation.needle import retrieval, trials
 

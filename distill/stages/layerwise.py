@@ -83,14 +83,13 @@ class LayerwiseStage:
         healed: Tensor | None = None
         chained = self._options.layer_inputs == "healed"
         for view in self._stream.layers():
-            tell = self._layer_progress(view.number, on_progress)
-            tell(0.0)
+            on_progress("layers", view.number / len(self._plan.layers), {"layer": float(view.number)})
             if chained:
                 healed = view.inputs.clone() if healed is None else healed
             mine = view.number % self._share[1] == self._share[0]
             factors = None
             if self._config.layer(view.number) is not None and (chained or mine):
-                factors = self._healed_layer(view, view.inputs if healed is None else healed, tell)
+                factors = self._healed_layer(view, view.inputs if healed is None else healed)
             if healed is not None:
                 self._advance(view, healed, factors)
         on_progress("layers", 1.0, {})
@@ -111,19 +110,13 @@ class LayerwiseStage:
             data = self._load(layer)
             assert data is not None, "all layers are healed before they are collected"
             factors = MlaAttention(**data["factors"])
-            found |= {f"{self._plan.module_name(layer)}.{name}": part for name, part in factors.state_dict().items()}
+            found |= {f"{self._module(layer)}.{name}": part for name, part in factors.state_dict().items()}
         return found
 
     def _converted(self) -> list[int]:
         return [number for number in range(len(self._plan.layers)) if self._config.layer(number) is not None]
 
-    def _layer_progress(self, number: int, on_progress: Progress) -> Callable[[float], None]:
-        """Takes the share done of a layer."""
-        count = len(self._plan.layers)
-        figures = {"layer": float(number + 1), "of": float(count)}
-        return lambda share: on_progress("layers", (number + share) / count, figures)
-
-    def _healed_layer(self, view: LayerView, inputs: Tensor, on_progress: Callable[[float], None]) -> MlaAttention:
+    def _healed_layer(self, view: LayerView, inputs: Tensor) -> MlaAttention:
         kept = self._load(view.number)
         if kept is None:
             source = read_attention(self._plan, self._source_reader, view.number, self._device)
@@ -131,18 +124,22 @@ class LayerwiseStage:
                 view, source, inputs, self._windows.ids.shape[0], self._refine_options(), self._context(view)
             )
             with torch.random.fork_rng(devices=[]):
-                refined = refinement.run(self._own_layer(view.number), on_progress)
+                refined = refinement.run(self._own_layer(view.number))
             kept = {"factors": vars(refined.factors), "errors": refined.errors, "kept": refined.kept}
             self._save(view.number, kept)
         factors = MlaAttention(**kept["factors"])
         return factors.with_tensors({name: part.to(self._device) for name, part in factors.tensors().items()})
 
     def _own_layer(self, number: int) -> MlaAttention:
-        module = student_family(self._config.model_type).module_name(number)
+        module = self._module(number)
         names = [name for name in self._student.headers if name.startswith(f"{module}.")]
         read = {name: self._reader.read(name, dtype=torch.float32, device=self._device) for name in names}
         own = {name.removeprefix(f"{module}."): part for name, part in read.items()}
         return MlaAttention.from_state_dict(own, layer_shape(self._config, number), f"{self._student.folder}: {module}")
+
+    def _module(self, number: int) -> str:
+        """Name of a layer's attention module in the student."""
+        return student_family(self._config.model_type).module_name(number)
 
     def _context(self, view: LayerView) -> AttentionContext:
         """With the layer's own rotary tables where it does not use the source's frequencies, as the model has them."""

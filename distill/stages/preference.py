@@ -14,8 +14,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from xeco_convert.calibration.files import read_records
 from xeco_convert.calibration.records import checked_messages, fields_in_words, template_variables
-from xeco_convert.calibration.text import load_tokenizer
 from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.pretrained import load_causal_lm
+from xeco_convert.tokenizer import load_tokenizer
 
 from ..arguments import accumulation, batch_rows, training_arguments
 from ..callbacks import ProgressReports, Report, StopRequests
@@ -24,7 +25,6 @@ from ..options import DistillOptions
 from ..plan import HealingPlan
 from ..sharding import layer_classes
 from ..stages.distillation import Place, choose_trained, remove_cut_off
-from ..teacher import load_model
 from ..trainer import MarkWhole, WholeLoading, last_checkpoint
 from ..work import RunFolder
 
@@ -53,7 +53,7 @@ def prefer(
     options = plan.options
     tokenizer = load_tokenizer(plan.student.folder)
     chosen, held_out = _split(read_preferences(str(options.preferences), tokenizer))
-    policy, reference = load_model(start, torch.float32), load_model(start, torch.float32)
+    policy, reference = load_causal_lm(start, torch.float32), load_causal_lm(start, torch.float32)
     choose_trained(policy, options.train)
     folder = work.path("dpo")
     remove_cut_off(folder, place)

@@ -13,10 +13,11 @@ import torch
 import torch.multiprocessing as mp
 from test_trainer import uneven_rows
 
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.evaluation.quality import measure_quality
 from xeco_distill.losses import ForwardKL, Term
 from xeco_distill.sharding import shard
-from xeco_distill.teacher import Teacher, load_model
+from xeco_distill.teacher import Teacher
 from xeco_distill.trainer import distillation_loss, run_inside
 
 STEPS = 3
@@ -28,8 +29,8 @@ def train(
     """Losses of some SGD steps on the same global batch, held-out KL after them, and the kinds of the parameters."""
     import types
 
-    student = load_model(student_folder, torch.float32)
-    teacher_model = load_model(teacher_folder, torch.float32).requires_grad_(False)
+    student = load_causal_lm(student_folder, torch.float32)
+    teacher_model = load_causal_lm(teacher_folder, torch.float32).requires_grad_(False)
     if sharded:
         shard(teacher_model, torch.device("cpu"), root=teacher_model.get_decoder())
         shard(student, torch.device("cpu"))

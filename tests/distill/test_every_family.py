@@ -17,14 +17,16 @@ from transformers import TrainingArguments
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.families import supported_model_types
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.cli import distill_command
+from xeco_distill.data import Document, RowWriter
 from xeco_distill.evaluation.command import eval_command
 from xeco_distill.options import DistillOptions
 from xeco_distill.pipeline import heal
 from xeco_distill.plan import Sizes, estimate, make_healing_plan
 from xeco_distill.stages.distillation import choose_trained
-from xeco_distill.stages.layerwise import balance_model
-from xeco_distill.teacher import hidden_states, load_model
+from xeco_distill.stages.layerwise import LayerwiseStage, balance_model
+from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import DistillationTrainer, WholeLoading
 
 # two steps of the kl stage and of each layer; what a newer transformers will drop must not be used
@@ -77,7 +79,7 @@ def test_all_stages_heal_and_train_nothing_but_what_was_asked_for(student: Path,
     assert all(in_converted_attention(student, name) for name in changed)
     assert {name.split(".")[2] for name in changed} == {str(number) for number in layers["errors"]}
     assert report.after["kl"] != report.before["kl"]
-    model = load_model(output, torch.float32)  # raises where a weight is missing
+    model = load_causal_lm(output, torch.float32)  # raises where a weight is missing
     assert bool(torch.isfinite(model(random_ids(1, 7)).logits).all())
 
 
@@ -85,7 +87,7 @@ def test_all_stages_heal_and_train_nothing_but_what_was_asked_for(student: Path,
 def test_the_plan_counts_what_is_trained(student: Path, train: str) -> None:
     options = options_of(student, train=train)
     plan = make_healing_plan(student, options)
-    model = load_model(student, torch.float32)
+    model = load_causal_lm(student, torch.float32)
     number = choose_trained(model, train)
     assert estimate(Sizes.of(plan), options, 32, world=1, flops=1e9).trained == number
     for name, parameter in model.named_parameters():
@@ -94,7 +96,7 @@ def test_the_plan_counts_what_is_trained(student: Path, train: str) -> None:
 
 
 def test_balancing_changes_no_prediction(student: Path) -> None:
-    model = load_model(student, torch.float32).eval()
+    model = load_causal_lm(student, torch.float32).eval()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         before = model(random_ids(2, 20)).logits
@@ -109,7 +111,7 @@ def test_balancing_changes_no_prediction(student: Path) -> None:
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(student: Path, which: str) -> None:
     """Of the teacher and of the student: layers with windows, without rotation, with frequencies of their own."""
-    model = load_model(student.with_name(which), torch.float32).eval()
+    model = load_causal_lm(student.with_name(which), torch.float32).eval()
     ids, lengths = random_ids(1, 20, seed=3), (8, 12)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     apart = [hidden_states(model, part, None) for part in ids.split(lengths, dim=1)]
@@ -117,9 +119,31 @@ def test_packed_documents_do_not_see_each_other(student: Path, which: str) -> No
     torch.testing.assert_close(found, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-4)  # 3e-6 observed
 
 
+@torch.no_grad()
+def test_the_layer_wise_stage_computes_what_the_model_does(student: Path, tmp_path: Path) -> None:
+    """Layer by layer with the student's own factors, up to the final norm."""
+    writer = RowWriter(tmp_path / "rows", 16, padding=0)
+    for seed in range(8):
+        ids = random_ids(1, 16 if seed % 2 else 9, seed=seed)[0].tolist()
+        writer.add(Document(ids=ids, learned=[True] * len(ids)))
+    indices = (CheckpointIndex.open(student.with_name(name)) for name in ("out", "source"))
+    stage = LayerwiseStage(*indices, writer.finish(), tmp_path / "layers", options_of(student), torch.device("cpu"))
+    states = torch.empty(0)
+    for view in stage._stream.layers():
+        states = states if view.number else view.inputs.clone()
+        stage._advance(view, states, stage._own_layer(view.number) if view.number in stage._converted() else None)
+    model = load_causal_lm(student, torch.float32).eval()
+    outputs: list[Any] = []
+    model.get_decoder().layers[-1].register_forward_hook(lambda module, given, output: outputs.append(output))
+    model(stage._windows.ids)
+    last = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    counts = stage._windows.counts
+    torch.testing.assert_close(states[counts], last[counts], rtol=1e-4, atol=1e-4)  # 4e-6 observed
+
+
 def test_a_checkpoint_is_taken_up_whole(student: Path, tmp_path: Path) -> None:
     """Under whatever names the family's files have: experts one by one, another name of the head."""
-    model = load_model(student, torch.float32)
+    model = load_causal_lm(student, torch.float32)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "checkpoint-1")
     trainer = WholeLoading(

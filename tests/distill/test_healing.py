@@ -12,8 +12,8 @@ from runs import quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.pipeline import HealingReport, heal
-from xeco_distill.teacher import load_model
 
 Files = Callable[[Path], dict[str, bytes]]
 
@@ -87,7 +87,7 @@ def test_in_place_the_weights_before_are_kept(out: Path, files: Files) -> None:
 def test_only_attention_changes_where_only_attention_is_trained(out: Path) -> None:
     heal(out, quick(train="attention", balance=False, budget_tokens=256))
     before, after = (
-        load_model(place, torch.float32).state_dict() for place in (out.with_name("out.before-healing"), out)
+        load_causal_lm(place, torch.float32).state_dict() for place in (out.with_name("out.before-healing"), out)
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".self_attn." in name for name in changed)

@@ -18,6 +18,7 @@ import torch
 from runs import quick
 
 from xeco_convert.errors import OptionError
+from xeco_distill.callbacks import StopRequests
 from xeco_distill.errors import HealingError
 from xeco_distill.pipeline import heal
 from xeco_distill.trainer import COMPLETE, DistillationTrainer
@@ -88,6 +89,52 @@ def test_ctrl_c_saves_then_ends_and_the_same_command_goes_on(
     assert error.count("\n") == 1 and files(out) == before
     saved = list((work / "kl").glob(f"checkpoint-*/{COMPLETE}"))
     assert len(saved) == 1 and int(saved[0].parent.name.rpartition("-")[2]) % 500 != 0
+
+
+def test_before_training_too_the_signal_says_where_the_run_is_kept(out: Path, files: Files, text: Path) -> None:
+    """Without a terminal: the log says how far it is; two signals, as `timeout` and torchrun send them."""
+    before, work = files(out), out.with_name("out.healing")
+    options = [option for option in RUN if option != "--quiet"]
+    process = start(out, *options, "--budget-tokens", "128000", "--data", str(text))
+    wait_for(process, (work / "rows" / "rows.json").exists)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in error and "\r" not in error
+    assert "  ETA " in error and "reading text" in error
+    last = error.splitlines()[-1]
+    assert f"what was done is kept in {work}, and the same command continues the run" in last or (
+        f"the state is kept in {work}" in last  # training had begun
+    )
+    assert files(out) == before and work.is_dir()
+
+
+def test_workers_that_the_same_signal_ended_are_no_failure_of_their_own() -> None:
+    """Slurm and a terminal's Ctrl-C tell every process of a group: a loader's dead worker is an error in the trainer."""
+    stop = StopRequests()
+
+    def train() -> None:
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    with pytest.raises(HealingError, match="could not be saved"), stop.listening():
+        raise HealingError("the state could not be saved")
+    with pytest.raises(RuntimeError, match="of its own"), StopRequests().listening():
+        raise RuntimeError("a failure of its own")
+
+
+def test_the_same_signal_twice_in_a_second_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr("xeco_distill.callbacks.time.monotonic", lambda: now[0])
+    with StopRequests().listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):  # a second wish ends at once
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def _after(seconds: float) -> Callable[[], bool]:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.errors import DataError, TeacherError
 from xeco_distill.pipeline import heal
 from xeco_distill.plan import make_healing_plan
-from xeco_distill.teacher import check_head, check_vocabulary, find_teacher, load_model, vocabulary_head
+from xeco_distill.teacher import check_head, check_vocabulary, find_teacher, vocabulary_head
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -125,7 +126,7 @@ def test_outputs_that_would_be_lost_are_refused(out: Path, tmp_path: Path, keep:
 
 
 def test_a_head_that_the_losses_do_not_know_is_refused(converted_demo: Path) -> None:
-    model = load_model(converted_demo, torch.float32)
+    model = load_causal_lm(converted_demo, torch.float32)
     check_head(model, "student")
     model.register_forward_hook(lambda module, given, output: setattr(output, "logits", output.logits * 2))
     with pytest.raises(UnsupportedModelError, match="changes its logits after the output projection"):
@@ -162,7 +163,7 @@ def test_scaled_and_capped_logits_are_those_of_the_models_own_forward(name: str,
 def test_scores_of_a_soft_capped_teacher_are_capped(tmp_path: Path) -> None:
     """Older releases of transformers take an attention for Gemma 2 that leaves the cap out."""
     expected, ids = source_model("gemma2"), random_ids(2, 12)
-    model = load_model(build_checkpoint(tmp_path / "gemma2", "gemma2"), torch.float32).eval()
+    model = load_causal_lm(build_checkpoint(tmp_path / "gemma2", "gemma2"), torch.float32).eval()
     assert model.config._attn_implementation == "eager"
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
     uncapped = source_model("gemma2", attn_logit_softcapping=None)
@@ -176,4 +177,4 @@ def test_weights_that_are_missing_are_not_made_up(out: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"hold no model.layers.2.self_attn.kv_b_proj.weight, which the model needs"
     ):
-        load_model(out, torch.float32)
+        load_causal_lm(out, torch.float32)

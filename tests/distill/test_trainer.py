@@ -12,13 +12,14 @@ from runs import quick
 from torch.nn import functional
 from transformers import TrainingArguments
 
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.arguments import learning_rate, training_arguments
 from xeco_distill.data import PackedRows
 from xeco_distill.options import DistillOptions
 from xeco_distill.plan import Sizes, estimate
 from xeco_distill.stages.distillation import choose_trained, loss_terms
 from xeco_distill.stages.layerwise import balance_model
-from xeco_distill.teacher import KeptTeacher, Teacher, load_model
+from xeco_distill.teacher import KeptTeacher, Teacher
 from xeco_distill.trainer import DistillationTrainer
 
 
@@ -38,7 +39,7 @@ def uneven_rows(count: int = 4, length: int = 24) -> PackedRows:
 
 def trained(student: Path, teacher: Any, folder: Path, rows: int, batches: int, **settings: Any) -> Any:
     """One step of plain SGD: the change of the weights is the gradient."""
-    model = load_model(student, torch.float32)
+    model = load_causal_lm(student, torch.float32)
     choose_trained(model, "all")
     options = quick(batch_size=rows, trainer={"gradient_accumulation_steps": batches, "optim": "sgd", **settings})
     arguments = training_arguments(
@@ -72,11 +73,11 @@ def trained(student: Path, teacher: Any, folder: Path, rows: int, batches: int, 
 def test_accumulated_batches_give_the_step_of_one_and_of_the_formula(
     converted_demo: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    teacher = Teacher(load_model(teacher_folder, torch.float32), 277)
+    teacher = Teacher(load_causal_lm(teacher_folder, torch.float32), 277)
     whole, _ = trained(converted_demo, teacher, tmp_path, rows=4, batches=1)
     pieces, _ = trained(converted_demo, teacher, tmp_path, rows=1, batches=4)
     checkpointed, _ = trained(converted_demo, teacher, tmp_path, rows=4, batches=1, gradient_checkpointing=True)
-    plain = load_model(converted_demo, torch.float32)
+    plain = load_causal_lm(converted_demo, torch.float32)
     rows = uneven_rows()
     batch = {name: torch.stack([rows[number][name] for number in range(4)]) for name in rows[0]}
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_accumulated_batches_give_the_step_of_one_and_of_the_formula(
 
 
 def test_the_logged_loss_is_the_token_mean(converted_demo: Path, teacher_folder: Path, tmp_path: Path) -> None:
-    teacher = Teacher(load_model(teacher_folder, torch.float32), 277)
+    teacher = Teacher(load_causal_lm(teacher_folder, torch.float32), 277)
     logged = [
         trained(converted_demo, teacher, tmp_path, rows=rows, batches=4 // rows, logging_steps=1)[1].state.log_history[
             0
@@ -105,7 +106,7 @@ def test_the_logged_loss_is_the_token_mean(converted_demo: Path, teacher_folder:
 
 @pytest.mark.parametrize("train", ["attention", "norms", "all"])
 def test_what_trains_is_what_was_asked_for(converted_demo: Path, train: str) -> None:
-    model = load_model(converted_demo, torch.float32)
+    model = load_causal_lm(converted_demo, torch.float32)
     count = choose_trained(model, train)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert count == sum(model.get_parameter(name).numel() for name in names)
@@ -115,7 +116,7 @@ def test_what_trains_is_what_was_asked_for(converted_demo: Path, train: str) -> 
 
 
 def test_balancing_changes_no_prediction(converted_demo: Path) -> None:
-    model = load_model(converted_demo, torch.float32).eval()
+    model = load_causal_lm(converted_demo, torch.float32).eval()
     ids = torch.arange(4, 44)[None]
     with torch.no_grad():
         before = model(ids).logits

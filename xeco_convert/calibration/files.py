@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from xeco_convert.errors import CheckpointError, first_line
+from xeco_convert.errors import CheckpointError, reason_of
 
 RUNNING_TEXT = (".txt", ".md")
 _KINDS = (*RUNNING_TEXT, ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -109,10 +109,10 @@ class _TextFile:
             yield
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise CheckpointError(
-                f"{self._where}: is damaged, or no {self._packing} file ({first_line(error)}); pack or download it again."
+                f"{self._where}: is damaged, or no {self._packing} file ({reason_of(error)}); pack or download it again."
             ) from None
         except (OSError, ValueError) as error:  # bz2 and zstd raise these for damaged data
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = getattr(error, "strerror", None) or reason_of(error)
             raise CheckpointError(f"{self._where}: could not be read ({reason}); check the file.") from None
 
     def _opened(self) -> IO[bytes]:
@@ -293,7 +293,7 @@ def _loaded(name: str, flag: str, *arguments: Any, **named: Any) -> Iterator[Map
         for record in datasets.load_dataset(*arguments, **named, streaming=True):
             yield {key: _without_nulls(value) for key, value in record.items()}
     except Exception as error:  # the library passes on errors of many libraries below it
-        raise CheckpointError(f"{flag}: {name} could not be opened ({first_line(error)}).") from None
+        raise CheckpointError(f"{flag}: {name} could not be opened ({reason_of(error)}).") from None
 
 
 def _without_nulls(value: Any) -> Any:

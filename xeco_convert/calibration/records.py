@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xeco_convert.errors import CheckpointError, first_line
+from xeco_convert.errors import CheckpointError
+from xeco_convert.tokenizer.loading import tokenizer_errors
 
 FIELDS = "text, messages, or prompt and completion"
 # ShareGPT's names of who speaks
 _SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _MOST_IDS = 2**31  # of a vocabulary whose size nothing says
-
-
-@contextmanager
-def tokenizer_errors(explained: Callable[[str], CheckpointError]) -> Iterator[None]:
-    """Whatever a tokenizer or a template raises, in a sentence made from its reason. A panic of the tokenizers library is
-    no Exception for Python."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise explained(first_line(error)) from None
-        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +30,7 @@ class Encoder:
     """Records -> documents; `name` and `flag` say in errors where they come from. `vocabulary`: ids must be below.
 
     `marks`: whether text begins and ends with the tokenizer's special tokens, as training has it; chats have those of their
-    template. `assistant_only`: of chats and completions, only the answers are learned.
+    template. `assistant_only`: of chats and completions, only the answers are learned. `tokenizer` None: token ids alone.
     """
 
     tokenizer: Any
@@ -71,6 +59,10 @@ class Encoder:
     def _document(self, record: Mapping[str, Any]) -> Document:
         if isinstance(record.get("input_ids"), list):
             return _whole(list(record["input_ids"]))
+        if self.tokenizer is None:
+            raise self._refused(
+                "holds text, and no tokenizer of the model could be loaded; give token ids.", separator=""
+            )
         for field in ("messages", "conversations"):
             if isinstance(record.get(field), list):
                 return self._chat(record[field], record)

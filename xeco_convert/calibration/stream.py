@@ -32,8 +32,7 @@ class LayerView:
     `inputs` [W, T, X] float32: the residual stream before the layer. `layer`: the source's decoder layer in float32.
     `position_embeddings` and `mask` [1, 1, T, T] (boolean) are what it is called with; `cos` and `sin` [1, T, d] the same
     tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built;
-    `residual_scale` is what its parts are multiplied by before they are added (Granite), `parallel_residual` that attention
-    and feed-forward part read the same stream.
+    `residual_scale` is what its parts are multiplied by before they are added (Granite).
     """
 
     number: int
@@ -48,7 +47,6 @@ class LayerView:
     norm_eps: float
     logit_softcap: float | None
     residual_scale: float
-    parallel_residual: bool
 
     def context(self) -> AttentionContext:
         """What the attention is called with beside its input."""
@@ -93,13 +91,9 @@ class LayerView:
 
     def attention_target(self, before: Tensor, attention_output: Tensor, inputs: Tensor) -> Tensor:
         """What the attention should put out at `inputs` [w, T, X] so that the residual stream becomes what the source's
-        `attention_output` makes of `before`. Where a norm stands between, the source's own output. Where the feed-forward part
-        reads the stream beside the attention (GPT-NeoX), what it adds differently is made up for as well."""
+        `attention_output` makes of `before`. Where a norm stands between, the source's own output."""
         if self.family.post_attention_norm:
             return attention_output
-        if self.parallel_residual:
-            nothing = torch.zeros_like(attention_output)
-            return self.run_with_attention(before, attention_output) - self.run_with_attention(inputs, nothing)
         return attention_output + (before - inputs) / self.residual_scale
 
     @property
@@ -178,7 +172,6 @@ class SourceStream:
                 norm_eps=self._plan.source.norm_eps,
                 logit_softcap=self._plan.source.logit_softcap,
                 residual_scale=float(self._plan.source.values.get(family.residual_scale) or 1.0),
-                parallel_residual=bool(self._plan.source.values.get("use_parallel_residual")),
             )
             yield view
             with torch.no_grad():  # in place: the states before the layer are not needed again

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from xeco_convert.calibration.files import read_records
-from xeco_convert.calibration.records import Encoder, tokenizer_errors
+from xeco_convert.calibration.records import Encoder
 from xeco_convert.calibration.windows import CalibrationWindows, windows_of_documents
 from xeco_convert.errors import CheckpointError
+from xeco_convert.tokenizer import load_tokenizer
 
 _MOST_DOCUMENTS = 100_000
 
@@ -22,8 +23,9 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
 
     Raises `CheckpointError` as `read_records` and `Encoder` do, and for too little text.
     """
-    tokenizer = load_tokenizer(folder)
-    unknown = _unknown_id(tokenizer)
+    tokenizer = _tokenizer_unless_ids(calibration, folder)
+    unknown = None if tokenizer is None else _unknown_id(tokenizer)
+    special_ids = frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids) - {unknown}
     encoder = Encoder(tokenizer=tokenizer, name=calibration, flag="--calibration", vocabulary=_vocabulary_size(folder))
     documents: list[list[int]] = []
     found = 0
@@ -36,23 +38,20 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
         documents,
         length=max(1, min(length, max((len(document) for document in documents), default=1))),
         num_tokens=num_tokens,
-        special_ids=frozenset(tokenizer.all_special_ids) - {unknown},
+        special_ids=special_ids,
         description=calibration,
     )
     return windows.checked(unknown)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises `CheckpointError` where it has none that loads."""
-    from transformers import AutoTokenizer
-
-    def explained(reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({reason}), which calibration text needs; add the tokenizer files."
-        )
-
-    with tokenizer_errors(explained):
-        return AutoTokenizer.from_pretrained(folder)
+def _tokenizer_unless_ids(calibration: str, folder: Path) -> Any:
+    """The tokenizer; None where it cannot be had and token ids need none: a source may come without."""
+    try:
+        return load_tokenizer(folder)
+    except CheckpointError:
+        if Path(calibration).suffix != ".json":
+            raise
+        return None
 
 
 def _unknown_id(tokenizer: Any) -> int | None:

@@ -6,14 +6,15 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from xeco_convert.errors import CheckpointError
+from xeco_convert.checkpoint.companions import DOWNLOAD_PATTERNS, companion_files
+from xeco_convert.errors import CheckpointError, reason_of
 
 # Bytes of one number, by the name that safetensors headers use.
 DTYPE_BYTES = {
@@ -25,13 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# Everything beside the weights that a user of the model needs, copied as it is.
-_COMPANION_PATTERNS = (
-    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "additional_chat_templates/*", "generation_config.json", "preprocessor_config.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
-)
-_HUB_PATTERNS = (*_COMPANION_PATTERNS, "config.json", "*.safetensors", INDEX_FILE, "README.md", ADAPTER_FILE)
+_HUB_PATTERNS = (*DOWNLOAD_PATTERNS, "*.safetensors", INDEX_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +82,16 @@ class CheckpointIndex:
                 )
         return cls(folder=folder, hub_id=hub_id, revision=commit, config=config, headers=headers, files=files)
 
+    @classmethod
+    def without_weights(cls, source: str | Path, revision: str | None = None) -> CheckpointIndex:
+        """The same with no tensor in it: of a hub id only the small files are taken. Raises `CheckpointError`."""
+        folder, hub_id, commit = _locate(source, revision, DOWNLOAD_PATTERNS)
+        config = read_json(folder / "config.json")
+        return cls(folder=folder, hub_id=hub_id, revision=commit, config=config, headers={}, files={})
+
     def companion_files(self) -> list[Path]:
         """Tokenizer, chat template, generation settings and licences, relative to the folder, in a fixed order."""
-        found = {path for pattern in _COMPANION_PATTERNS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.folder) for path in found)
+        return companion_files(self.folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,8 +113,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None, str | None]:
-    """Folder of a source, and its hub id and commit where it is one."""
+def _locate(
+    source: str | Path, revision: str | None, patterns: Sequence[str] = _HUB_PATTERNS
+) -> tuple[Path, str | None, str | None]:
+    """Folder of a source, and its hub id and commit where it is one; `patterns`: the files that are wanted of a hub id."""
     folder = Path(source)
     if folder.is_dir():
         return folder.resolve(), None, None
@@ -127,9 +130,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None,
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(
             f"{source}: neither a folder nor a model that the Hugging Face hub or its cache has ({reason}); "
             "check the path, or the id and your login."

@@ -13,6 +13,7 @@ import torch
 
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorReader
+from xeco_convert.checkpoint.companions import companion_files
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import CheckpointError, OptionError
@@ -25,6 +26,7 @@ from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import parse_size
 from xeco_convert.pretrained import load_causal_lm, read_config
+from xeco_convert.tokenizer import prepared_companions
 
 FORMATS = ("deepseek-v3",)
 REPORT_FILE = "xeco_export.json"
@@ -93,6 +95,21 @@ def export_checkpoint(
     values = read_config(index.config, index.folder / "config.json").to_dict()
     layout = make_layout(values, family, TARGETS[options.target], index.headers)
     dtype = _stored_dtype(index, layout)
+    config = stock_config(layout, _CONFIG_DTYPES[dtype])
+    with prepared_companions(index, config, stock=True) as companions:
+        return _write(Path(output), options, index, layout, dtype, companions, progress)
+
+
+def _write(
+    output: Path,
+    options: ExportOptions,
+    index: CheckpointIndex,
+    layout: ExportLayout,
+    dtype: str,
+    companions: Path,
+    progress: Progress,
+) -> ExportReport:
+    """Write everything, compare it with the converted checkpoint, and put it in its place."""
     progress("loading the model", 0.0)
     model = load_causal_lm(index.folder, torch.float32).eval()
     weights_bytes = sum(header.num_bytes for header in index.headers.values())
@@ -104,14 +121,14 @@ def export_checkpoint(
     )
     state = _replaced(step.model) if step.fidelity is not None else {}
     writer = CheckpointWriter(
-        Path(output),
+        output,
         stock_headers(layout, dtype),
         max_shard_bytes=parse_size(options.max_shard_size),
         overwrite=options.overwrite,
     )
     with writer:
         _write_weights(writer, layout, index, dtype, state, step.model, progress)
-        _write_companions(writer, layout, index, dtype)
+        _write_companions(writer, layout, index, companions)
         progress("comparing with transformers' own class", _WRITTEN_SHARE)
         writer.flush()
         comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
@@ -174,11 +191,9 @@ def _write_weights(
             progress(f"writing {name}", _SAMPLING_SHARE + (_WRITTEN_SHARE - _SAMPLING_SHARE) * done / count)
 
 
-def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, dtype: str) -> None:
-    for relative in index.companion_files():
-        writer.copy_file(index.folder / relative, relative)
-    config = stock_config(layout, _CONFIG_DTYPES[dtype])
-    writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, companions: Path) -> None:
+    for relative in [*companion_files(companions), Path("config.json")]:
+        writer.copy_file(companions / relative, relative)
     writer.write_text(
         "README.md", _CARD.format(source=index.folder.name, target=layout.target.name, version=__version__)
     )

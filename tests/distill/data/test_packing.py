@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.data import Document, PackedRows, RowWriter, pack
-from xeco_distill.teacher import hidden_states, load_model
+from xeco_distill.teacher import hidden_states
 
 
 @pytest.mark.parametrize("row_length", [2, 7, 129])
@@ -87,7 +88,7 @@ def test_blocks_bound_memory_and_lose_nothing(tmp_path: Path, monkeypatch: pytes
 
 @torch.no_grad()
 def test_a_packed_document_is_predicted_as_if_it_were_alone(converted_demo: Path, tmp_path: Path) -> None:
-    model = load_model(converted_demo, torch.float32).eval()
+    model = load_causal_lm(converted_demo, torch.float32).eval()
     generator = np.random.default_rng(0)
     documents = [whole(generator.integers(3, 270, size).tolist()) for size in (17, 9, 23, 2)]
     rows = written(tmp_path, documents, 64)

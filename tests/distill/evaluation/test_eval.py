@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from xeco_convert.errors import OptionError
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.card import replace_section
 from xeco_distill.cli import main
 from xeco_distill.data import Document, RowWriter
@@ -20,14 +21,14 @@ from xeco_distill.errors import DataError
 from xeco_distill.evaluation.command import EvalOptions, evaluate_checkpoint
 from xeco_distill.evaluation.needle import DEPTHS, Trial, make_trial, retrieval, trials
 from xeco_distill.evaluation.quality import measure_quality
-from xeco_distill.teacher import Teacher, load_model
+from xeco_distill.teacher import Teacher
 
 
 @torch.no_grad()
 def test_quality_is_the_formula_document_by_document(
     converted_demo: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    models = [load_model(folder, torch.float32).eval() for folder in (teacher_folder, converted_demo)]
+    models = [load_causal_lm(folder, torch.float32).eval() for folder in (teacher_folder, converted_demo)]
     generator = np.random.default_rng(0)
     documents = [generator.integers(4, 270, size).tolist() for size in (30, 7, 21, 40, 3)]
     writer = RowWriter(tmp_path, 48, padding=0)
@@ -51,7 +52,7 @@ def test_quality_is_the_formula_document_by_document(
 
 
 def test_a_teacher_measured_against_itself_is_perfect(converted_demo: Path, tmp_path: Path) -> None:
-    model = load_model(converted_demo, torch.float32).eval()
+    model = load_causal_lm(converted_demo, torch.float32).eval()
     writer = RowWriter(tmp_path, 16, padding=0)
     writer.add(Document(ids=list(range(4, 20)), learned=[True] * 16))
     found = measure_quality(Teacher(model, 277), model, writer.finish())
@@ -75,7 +76,7 @@ def test_a_needle_stands_at_its_depth_and_fills_the_context(teacher_folder: Path
 
 
 def test_retrieval_counts_whole_answers_and_their_nats(converted_demo: Path) -> None:
-    model = load_model(converted_demo, torch.float32).eval()
+    model = load_causal_lm(converted_demo, torch.float32).eval()
     start = torch.tensor([0, 9, 12, 40, 8])
     with torch.no_grad():
         ids = model.generate(

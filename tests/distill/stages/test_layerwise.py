@@ -14,11 +14,11 @@ import xeco_convert
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError
 from xeco_convert.factorize.forward import mla_output
+from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.data import Document, PackedRows, RowWriter
 from xeco_distill.options import DistillOptions
 from xeco_distill.pipeline import heal
 from xeco_distill.stages.layerwise import LayerwiseStage, same_outside_attention, windows_of
-from xeco_distill.teacher import load_model
 
 
 def rows_of(folder: Path, count: int = 24, length: int = 32) -> PackedRows:
@@ -52,7 +52,7 @@ def test_a_layer_computes_what_the_models_attention_does(
 ) -> None:
     folder = converted_demo if init == "paper" else calibrated_demo
     stage = stage_of(folder, teacher_folder, tmp_path)
-    model = load_model(folder, torch.float32).eval()
+    model = load_causal_lm(folder, torch.float32).eval()
     for view in stage._stream.layers():
         hidden = view.inputs[:2]
         positions = torch.arange(hidden.shape[1])[None]
