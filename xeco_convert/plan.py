@@ -287,7 +287,7 @@ def keeps_key_norm(source: SourceModel, options: ConvertOptions) -> bool:
 
 
 def full_rank_of(source: SourceModel, options: ConvertOptions) -> int:
-    """The rank at which a latent holds all keys and values: those that are linear in the input have no more directions than it."""
+    """The rank at which a latent holds all keys and values; those that are linear in the input have no more directions."""
     width, hidden = source.geometry.cache_width, source.geometry.hidden_size
     return width if keeps_key_norm(source, options) else min(width, hidden)
 

@@ -92,7 +92,7 @@ class LayerChecker:
         return output  # type: ignore[no-any-return]
 
     def _source_module(self, layer: int, source: SourceAttention) -> nn.Module:
-        """The source's own module with its stored weights; its norm of the keys replaced by linear keys where `source` has them."""
+        """The source's own module with its stored weights; its norm of the keys left out where `source` has linear keys."""
         skeleton = getattr(self._model.layers[layer], self._plan.family.module)
         module: Any = type(skeleton)(self._config, layer).eval()
         prefix = self._plan.module_name(layer)

@@ -44,7 +44,8 @@ class MlaShape:
     after q_proj (each head by itself, or all rows together), before q_head_proj maps each head to its un-rotated and rotary
     rows; qk_nope_head_dim is the source's head_dim then. `k_norm` is the same of the keys: the source's k_proj, k_norm and
     v_proj stay, and kv_a_proj_with_mqa reads normalised keys and values of all groups in place of the layer's input; the
-    source's head_dim is v_head_dim then, and `biases` may name k and v. `logit_softcap` bounds the scores: cap · tanh(score / cap).
+    source's head_dim is v_head_dim then, and `biases` may name k and v. `logit_softcap` bounds the scores:
+    cap · tanh(score / cap).
     """
 
     num_attention_heads: int

@@ -95,9 +95,12 @@ def _key_value_gram(source: SourceAttention) -> Tensor:
     # tokens scale the keys behind each norm differently, so that they vary apart from each other and from the values
     width = source.k_norm_weight.numel()
     behind = keys.unflatten(0, (-1, width))
-    scale = source.k_norm_weight.double() / behind.square().sum(dim=2).mean(dim=1, keepdim=True).clamp_min(1e-300).sqrt()
+    scale = (
+        source.k_norm_weight.double() / behind.square().sum(dim=2).mean(dim=1, keepdim=True).clamp_min(1e-300).sqrt()
+    )
     behind = behind * scale[..., None]
-    return torch.block_diag(*(behind @ behind.transpose(1, 2)), values @ values.T)
+    gram: Tensor = torch.block_diag(*(behind @ behind.transpose(1, 2)), values @ values.T)
+    return gram
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

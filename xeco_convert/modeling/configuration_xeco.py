@@ -34,7 +34,8 @@ class MlaLayer:
     rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or
     "all" where queries are normalised behind q_proj (each head, or all rows together); q_head_proj then maps each head to
     its un-rotated and rotary rows. `k_norm`, the same of the keys: the source's k_proj, k_norm and v_proj stay (`biases` may
-    name k and v), and kv_a_proj_with_mqa reads what they give. `logit_softcap` bounds the scores. A layer without rotation has qk_rope_head_dim 0.
+    name k and v), and kv_a_proj_with_mqa reads what they give. `logit_softcap` bounds the scores. A layer without rotation
+    has qk_rope_head_dim 0.
     """
 
     kv_lora_rank: int
