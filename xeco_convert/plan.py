@@ -103,6 +103,22 @@ class ConversionPlan:
         text, and no conversion changes it."""
         return [0 if plan.window is not None else self.geometry.cache_width for plan in self.layers]
 
+    def exact_key_cost(self) -> tuple[int, int]:
+        """What keys behind their norm cost beside a plain projection to the latent: parameters more (the source's k_proj,
+        k_norm and v_proj, less what a projection from the input would have), and multiplications more for each token written."""
+        parameters = products = 0
+        for item in self.layers:
+            if item.shape is not None and item.shape.k_norm is not None:
+                own, plain = item.shape.tensors(), dataclasses.replace(item.shape, k_norm=None).tensors()
+                sizes = [
+                    {name: math.prod(size) for name, size in tensors.items() if name.endswith(".weight")}
+                    for tensors in (own, plain)
+                ]
+                parameters += sum(sizes[0].values()) - sum(sizes[1].values())
+                matrices = [{n: s for n, s in one.items() if "norm" not in n} for one in sizes]
+                products += sum(matrices[0].values()) - sum(matrices[1].values())
+        return parameters, products
+
     @property
     def kept_windows(self) -> tuple[int, ...]:
         """Layers that keep their attention because of its sliding window."""
