@@ -16,6 +16,7 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError
 from xeco_convert.pretrained import load_causal_lm
+from xeco_convert.source import open_source
 
 from .callbacks import Report
 from .data import PackedRows
@@ -185,7 +186,7 @@ class _Run:
         return found
 
     def _layers(self, start: Path, result: Path, train: PackedRows) -> dict[str, Any]:
-        source = self._plan.teacher.index
+        source = open_source(self._plan.teacher.index).index
         different = same_outside_attention(CheckpointIndex.open(start), source)
         if different is not None:
             if self._options.stages is not None:

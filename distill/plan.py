@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
 from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.pretrained import resolved
 
 from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
 from .attention import attention_prefixes
@@ -62,7 +63,12 @@ def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
     Raises `CheckpointError` where `folder` is no converted checkpoint, `TeacherError`, `OptionError`.
     """
     found = inspect_checkpoint(folder)
-    student = CheckpointIndex.open(folder)
+    if found["text_model_type"] != found["model_type"]:
+        raise UnsupportedModelError(
+            f"{folder}: a {found['model_type']} model is one of text and images, expected a text model: what it is healed on is "
+            "text, and images would not be seen. Convert and heal its text model alone (docs/faq.md says how to save it)."
+        )
+    student = resolved(CheckpointIndex.open(folder))
     teacher = find_teacher(student, options.teacher, options.teacher_revision)
     check_vocabulary(student, teacher)
     length, notes = _seq_length(student, teacher, options), []
@@ -82,13 +88,13 @@ def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
         stages=stages,
         seq_length=length,
         notes=tuple(notes),
-        kv_share=found["kv_bytes_after"] / found["kv_bytes_before"],
+        kv_share=found["kv_bytes_after"] / max(1, found["kv_bytes_before"]),
     )
 
 
 def _seq_length(student: CheckpointIndex, teacher: TeacherPlace, options: DistillOptions) -> int:
     limits = [index.config.get("max_position_embeddings") for index in (student, teacher.index)]
-    longest = min((limit for limit in limits if isinstance(limit, int)), default=None)
+    longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
     if options.seq_length is None:
         return _DEFAULT_LENGTH if longest is None else min(_DEFAULT_LENGTH, longest)
     if longest is not None and options.seq_length > longest:

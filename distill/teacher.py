@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
+from xeco_convert.pretrained import resolved
 from xeco_convert.tokenizer import TokenizerPlace, first_difference
 
 from .errors import TeacherError
@@ -49,7 +50,7 @@ def find_teacher(student: CheckpointIndex, teacher: str | None, revision: str | 
             f"{student.folder}: config.json records no source to learn from, expected conversion.source; give --teacher MODEL."
         )
     try:
-        index = CheckpointIndex.open(path, revision if teacher else recorded.get("revision"))
+        index = resolved(CheckpointIndex.open(path, revision if teacher else recorded.get("revision")))
     except CheckpointError as error:
         what = "--teacher" if teacher else f"{student.folder}: the source recorded in config.json"
         advice = "" if teacher else " If it lies elsewhere now, give --teacher MODEL."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -142,7 +142,7 @@ def source_model(variant: str = "llama", rope: str = "default", *, seed: int = 0
 def randomise(model: PreTrainedModel, seed: int) -> None:
     """Fill all weights: scores get a standard deviation of about 2, so that the softmax is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
-    width = model.config.hidden_size
+    width = model.config.get_text_config().hidden_size
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name and name.endswith(".weight"):
@@ -233,6 +233,22 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+def make_key_norms_constant(folder: Path, offset: float) -> Path:
+    """Give every key the same rms: inputs of constant norm (weights of 1 before the layer; `offset` is what the class adds to
+    stored weights) through orthogonal projections, so that the norm of the keys only scales them and their regression is
+    exact. The source has two heads of 32 rows in two groups."""
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        if name.endswith("input_layernorm.weight"):
+            tensor.fill_(1.0 - offset)
+        if name.endswith("self_attn.k_proj.weight") and tensor.shape == (64, 32):
+            parts = [torch.linalg.qr(torch.randn(32, 32, generator=generator))[0] for _ in range(2)]
+            tensor.copy_(torch.cat(parts))
+    write_weights(folder, tensors)
+    return folder
 
 
 def decoder(model: PreTrainedModel) -> Any:

@@ -80,6 +80,12 @@ def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions without the page of plots, which takes most of a tiny one's time."""
+    monkeypatch.setattr("xeco_convert.conversion.report_page", lambda report: "")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped where no GPU is present, and for no other reason."""
     if torch.cuda.is_available():

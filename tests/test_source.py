@@ -203,7 +203,7 @@ def test_an_adapter_beside_the_weights_is_refused(lone: bool, tmp_path: Path) ->
     ("variant", "field", "value"),
     [
         ("llama", "attn_logit_softcapping", 30.0),
-        ("qwen3", "use_qk_norm", True),
+        ("llama", "use_qk_norm", True),
         ("gemma2", "use_alibi", True),
         ("phi3", "full_attn_mod", 1),
     ],
@@ -241,3 +241,13 @@ def test_verify_finds_a_tensor_that_is_not_the_source_s(
     with pytest.raises(VerificationError, match="its attention set aside, differs from the source: logits by"):
         convert(folder, tmp_path / "out", init="paper", rank=8, verify=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_may_be_bound_again(tmp_path: Path) -> None:
+    """As healing does with the source of the source's model."""
+    folder = build_checkpoint(tmp_path / "source")
+    write_weights(folder, without_prefix(load_file(folder / "model.safetensors"), "model"))
+    once = open_source(CheckpointIndex.open(folder))
+    twice = open_source(once.index)
+    assert twice.index == once.index and twice.index.stored_names["model.norm.weight"] == "norm.weight"
+    TensorReader(twice.index).read("model.norm.weight", dtype=torch.float32)

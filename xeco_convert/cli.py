@@ -372,7 +372,7 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as JSON types, as --dry-run --json writes it."""
     headers = plan.output_headers()
     return {
-        "model_type": plan.family.model_type,
+        "model_type": plan.source.model_type,
         "dtype": plan.dtype,
         "ranks_are_final": plan.ranks_are_final,
         "layers": [
@@ -397,7 +397,7 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
     geometry, options = plan.geometry, plan.options
     shape = next((item.shape for item in plan.layers if item.shape is not None), None)
     lines = [
-        f"{plan.index.folder}: {plan.family.model_type}, {geometry.num_hidden_layers} layers, "
+        f"{plan.index.folder}: {plan.source.model_type}, {geometry.num_hidden_layers} layers, "
         f"hidden_size {geometry.hidden_size}, {geometry.num_attention_heads} heads in "
         f"{geometry.num_key_value_heads} key/value groups of head_dim {geometry.head_dim}"
     ]

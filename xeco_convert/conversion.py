@@ -21,12 +21,12 @@ from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError
-from xeco_convert.factorize import MlaShape
 from xeco_convert.families import FamilySpec
 from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
+from xeco_convert.layer_entries import layer_entry
 from xeco_convert.model_card import model_card
-from xeco_convert.modeling import MlaLayer, code_files
-from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, auto_map
+from xeco_convert.modeling import code_files
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MULTIMODAL, auto_map, multimodal_auto_map
 from xeco_convert.options import ConvertOptions, parse_size
 from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
 from xeco_convert.pretrained import without_empty_settings
@@ -169,7 +169,7 @@ class _Conversion:
             source="",
             output="",
             init=plan.options.init,
-            model_type=f"{MODEL_TYPE_PREFIX}{plan.family.model_type}",
+            model_type=f"{MODEL_TYPE_PREFIX}{plan.source.model_type}",
             dtype=plan.dtype,
             layers=tuple(layers),
             kv_bytes_per_number=DTYPE_BYTES[plan.dtype],
@@ -204,23 +204,19 @@ def _exact_keys(plan: ConversionPlan) -> dict[str, Any]:
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
     """config.json of the output: the source's own, with an honest model_type and the widths of every layer."""
-    index, options = plan.index, plan.options
-    config = without_empty_settings(index.config)
+    source, index, options = plan.source, plan.index, plan.options
+    config = _with_dtype(without_empty_settings(index.config), options.dtype)
     config.pop("_name_or_path", None)
-    if options.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = options.dtype
     names = ("init", "rank", "energy", "fixed_ends", "kv_size", "kv_bytes_per_token", "refine", "layers")
     given = {name: getattr(options, name) for name in names}
     return {
         **config,
-        **model_identity(plan.family),
-        "mla_layers": [None if item.shape is None else layer_entry(item.shape) for item in plan.layers],
+        **(_text_model(plan) if source.wrapper is None else _whole_model(plan, source.wrapper)),
         "conversion": {
             "format_version": FORMAT_VERSION,
             "tool": f"xeco-convert {__version__}",
             "source": {
-                "model_type": plan.family.model_type,
+                "model_type": source.model_type,
                 "path": index.hub_id or str(index.folder),
                 "revision": index.revision,
             },
@@ -238,9 +234,41 @@ def model_identity(family: FamilySpec) -> dict[str, Any]:
     }
 
 
-def layer_entry(shape: MlaShape) -> dict[str, Any]:
-    """A layer's entry of mla_layers."""
-    return MlaLayer(**shape.layer_fields()).to_dict()
+def wrapper_identity(model_type: str, prefix: str) -> dict[str, Any]:
+    """The same of a model around a text model: `model_type` of the source, and how transformers' classes of it begin."""
+    return {
+        "model_type": f"{MODEL_TYPE_PREFIX}{model_type}",
+        "architectures": [f"Xeco{prefix}{MULTIMODAL}ForConditionalGeneration"],
+        "auto_map": multimodal_auto_map(prefix),
+    }
+
+
+def _text_model(plan: ConversionPlan) -> dict[str, Any]:
+    """What config.json of a converted text model says of its own."""
+    layers = [None if item.shape is None else layer_entry(item.shape) for item in plan.layers]
+    return {**model_identity(plan.family), "mla_layers": layers}
+
+
+def _whole_model(plan: ConversionPlan, prefix: str) -> dict[str, Any]:
+    """The same of a model around it; the text model's fields as transformers resolved them, since the wrapper's defaults for
+    what its file leaves out may be others than those of the text model's own class."""
+    text = {**plan.source.values, **_text_model(plan)}
+    return {
+        **wrapper_identity(plan.source.model_type, prefix),
+        "text_config": _with_dtype(text, plan.options.dtype),
+    }
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A configuration, and those of its parts, that says in which dtype all weights are written."""
+    if dtype is None:
+        return config
+    parts = {name: _with_dtype(value, dtype) for name, value in config.items() if _has_dtype(value)}
+    return {**{name: value for name, value in config.items() if name != "torch_dtype"}, **parts, "dtype": dtype}
+
+
+def _has_dtype(value: Any) -> bool:
+    return isinstance(value, dict) and not value.keys().isdisjoint(("dtype", "torch_dtype"))
 
 
 def _peak_memory_bytes() -> int:

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 _LONGEST_REASON = 300
 _TERSE = 60
+_LONGEST_VALUE = 80
+_LONGEST_SENTENCE = 2000
 
 
 class XecoError(Exception):
     """Base of all errors that xeco-convert and xeco-distill raise on purpose; `str(error)` is the sentence."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str = "") -> None:
+        """Names and values out of files may hold what no terminal prints, half a surrogate pair or a line break: escaped."""
+        super().__init__(_printable(sentence))
 
 
 class XecoWarning(UserWarning):
@@ -41,9 +47,21 @@ class VerificationError(XecoError):
     """A converted layer that does not reproduce its source where it must."""
 
 
+def _printable(text: str) -> str:
+    if len(text) > _LONGEST_SENTENCE:
+        text = f"{text[: _LONGEST_SENTENCE // 2]}…{text[-_LONGEST_SENTENCE // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def reason_of(error: BaseException) -> str:
     """What a library's exception says, on one line and not too long, for the brackets of a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | AssertionError) and len(text) < _TERSE:
         text = f"{type(error).__name__}: {text}"  # "'metadata'" alone would say nothing
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+
+
+def shown(value: object) -> str:
+    """A value out of a file as an error gives it: on one line, printable, not too long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

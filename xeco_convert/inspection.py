@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xeco_convert.checkpoint import DTYPE_BYTES
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.conversion import REPORT_FILE
-from xeco_convert.errors import CheckpointError
+from xeco_convert.errors import CheckpointError, shown
 from xeco_convert.families import supported_model_types
-from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MlaLayer
+from xeco_convert.layer_entries import converted_text, mla_layer
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import DTYPES
 from xeco_convert.pretrained import read_config
 
+_ERRORS = ("key_error", "value_error")
 _BYTES_OF_DTYPE = dict(zip(DTYPES, (DTYPE_BYTES["F32"], DTYPE_BYTES["BF16"], DTYPE_BYTES["F16"]), strict=True))
 
 
@@ -23,48 +27,93 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     Raises `CheckpointError` where `folder` is no checkpoint that xeco-convert wrote.
     """
     config = read_json(Path(folder) / "config.json")
-    model_type = str(config.get("model_type"))
-    family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
-    entries = config.get("mla_layers")
-    if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(entries, list):
+    model_type = config.get("model_type")
+    text = converted_text(config)
+    family = supported_model_types().get(str(text.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    entries = text.get("mla_layers")
+    if not str(model_type).startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(entries, list):
         raise CheckpointError(
-            f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}."
+            f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {shown(model_type)}."
         )
-    values = read_config(config, Path(folder) / "config.json").to_dict()
+    values = read_config(config, Path(folder) / "config.json").get_text_config().to_dict()
+    if len(entries) != values["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{folder}: config.json has {values['num_hidden_layers']} layers, but {len(entries)} entries in mla_layers; take the "
+            "folder as xeco-convert wrote it."
+        )
     width = family.geometry(values).cache_width
     kept = [
         0 if entry is None and family.window(values, number) is not None else width
         for number, entry in enumerate(entries)
     ]
     report = _report(Path(folder))
-    errors = {row["layer"]: {key: row[key] for key in ("key_error", "value_error")} for row in report.get("layers", [])}
-    layers = [_layer(number, entry, kept[number], errors.get(number, {})) for number, entry in enumerate(entries)]
+    layers = [_layer(number, entry, kept[number], report.errors) for number, entry in enumerate(entries)]
     stated = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
-    number_bytes = report.get(
-        "kv_bytes_per_number", stated
-    )  # config.json may leave the dtype out; the report never does
-    conversion = config.get("conversion") or {}
+    number_bytes = report.number_bytes or stated  # config.json may leave the dtype out; the report never does
+    conversion = conversion_record(config)
     return {
         "model_type": model_type,
-        "init": (conversion.get("options") or {}).get("init", "unknown initialisation"),
+        "text_model_type": str(text["model_type"]),  # another one where the text model is part of a larger one
+        "init": conversion["options"].get("init", "unknown initialisation"),
         "tool": conversion.get("tool", "an unknown version"),
-        "source": conversion.get("source") or {"path": "an unrecorded source", "revision": None},
+        "source": conversion["source"] or {"path": "an unrecorded source", "revision": None},
         "layers": layers,
         "kv_bytes_before": sum(kept) * number_bytes,
         "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * number_bytes,
     }
 
 
-def _layer(number: int, entry: dict[str, Any] | None, kept: int, errors: dict[str, Any]) -> dict[str, Any]:
+def conversion_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json records of the conversion, its source and options empty where it is silent. Raises `CheckpointError`."""
+    record = config.get("conversion") or {}
+    parts = {name: record.get(name) or {} for name in ("source", "options")} if isinstance(record, Mapping) else {}
+    names = ("path", "revision", "model_type")
+    if not parts or not all(isinstance(part, Mapping) for part in parts.values()):
+        raise CheckpointError(
+            f"config.json: conversion must be an object with objects source and options, found {shown(record)}; take the folder "
+            "as xeco-convert wrote it."
+        )
+    texts = [*(parts["source"].get(name) for name in names), parts["options"].get("init"), record.get("tool")]
+    odd = [text for text in texts if text is not None and not isinstance(text, str)]
+    if odd:
+        raise CheckpointError(
+            f"config.json: conversion holds {shown(odd[0])} where a text belongs; take the folder as xeco-convert wrote it."
+        )
+    return {**record, **parts}
+
+
+def _layer(
+    number: int, entry: dict[str, Any] | None, kept: int, errors: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     if entry is None:
         return {"layer": number, "kv_numbers_after": kept}
-    try:
-        widths = MlaLayer.from_dict(entry)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json: layer {number}: {error}.") from None
-    return {"layer": number, **widths.to_dict(), "kv_numbers_after": widths.cache_width, **errors}
+    widths = mla_layer(number, entry)
+    return {"layer": number, **widths.to_dict(), "kv_numbers_after": widths.cache_width, **errors.get(number, {})}
 
 
-def _report(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What the conversion's report adds: errors by layer, and bytes of a cached number where it says so."""
+
+    errors: Mapping[int, Mapping[str, Any]]
+    number_bytes: int | None
+
+
+def _report(folder: Path) -> _Report:
     """The conversion's report; a checkpoint saved again by transformers has none."""
-    return read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    if not (folder / REPORT_FILE).is_file():
+        return _Report(errors={}, number_bytes=None)
+    data = read_json(folder / REPORT_FILE)
+    rows, number_bytes = data.get("layers", []), data.get("kv_bytes_per_number")
+    sound = isinstance(rows, list) and all(isinstance(row, Mapping) and _is_sound(row) for row in rows)
+    if not sound or number_bytes not in (None, 2, 4):
+        raise CheckpointError(
+            f"{folder / REPORT_FILE}: not a report that xeco-convert wrote; delete it, or take the folder as it was written."
+        )
+    errors = {row["layer"]: {key: row.get(key) for key in _ERRORS} for row in rows}
+    return _Report(errors=errors, number_bytes=number_bytes)
+
+
+def _is_sound(row: Mapping[str, Any]) -> bool:
+    numbers = [row.get(key) for key in _ERRORS]
+    return type(row.get("layer")) is int and all(n is None or type(n) in (int, float) for n in numbers)

@@ -25,15 +25,17 @@ Initialisation: `{init}`; {ranks}. {advice}
 
 ```python
 import xeco_convert  # registers the model type; without the package, pass trust_remote_code=True below
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, {input_class}
 
-model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = {model_class}.from_pretrained("this folder", dtype="auto")
+{inputs} = {input_class}.from_pretrained("this folder")
 ```
 
 Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert inspect FOLDER` prints them. Open
 [xeco_report.html](xeco_report.html) in a browser for the same with plots.
 """
+_TEXT = {"model_class": "AutoModelForCausalLM", "input_class": "AutoTokenizer", "inputs": "tokenizer"}
+_IMAGES = {"model_class": "AutoModelForImageTextToText", "input_class": "AutoProcessor", "inputs": "processor"}
 _ADVICE = {
     "calibrated": "Factors in closed form from the source's own activations (xeco-convert's calibrated initialisation).",
     "paper": "This is the published initialisation of X-EcoMLA (arXiv 2503.11132): it is meant to be healed by distillation "
@@ -49,7 +51,8 @@ def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
     body = _BODY.format(
         title=f"{source.rpartition('/')[2]} with latent attention",
         source=source,
-        source_type=plan.family.model_type,
+        source_type=plan.source.model_type,
+        **(_TEXT if plan.source.wrapper is None else _IMAGES),
         version=__version__,
         converted=len(plan.converted_layers),
         total=len(plan.layers),

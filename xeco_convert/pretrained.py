@@ -1,6 +1,6 @@
 """What transformers makes of a checkpoint's files: its configuration and its model. What it refuses is one sentence here.
 
-The one place that calls transformers' loaders for configurations and causal language models, so that a source means the same
+The one place that calls transformers' loaders for configurations and models that write text, so that a source means the same
 to the plan, to calibration, to export and to healing, and so that no traceback of theirs reaches a user.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_json
-from xeco_convert.errors import CheckpointError, reason_of
+from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, read_json
+from xeco_convert.errors import CheckpointError, reason_of, shown
+
+_MOST = 100_000  # of anything that config.json counts
 
 
 def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> Any:
@@ -26,6 +29,7 @@ def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> An
     import transformers
     from transformers import AutoConfig
 
+    _check_counts(raw, where)
     with TemporaryDirectory(prefix="xeco-config-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(without_empty_settings(raw)), encoding="utf-8")
         try:
@@ -37,28 +41,51 @@ def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> An
             ) from None
 
 
+def _check_counts(raw: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse absurd counts: transformers' classes make something for each label, each layer."""
+    for name, value in raw.items():
+        if name.startswith("num_") and isinstance(value, int) and value > _MOST:
+            raise CheckpointError(
+                f"{where}: expected {name} to be at most {_MOST}, found {shown(value)}; take config.json from the model's own "
+                "folder."
+            )
+
+
+def resolved(index: CheckpointIndex) -> CheckpointIndex:
+    """A checkpoint whose `config` has, beside what config.json says, all fields as transformers resolves them: silent ones with
+    the defaults of the class, old spellings under their present names. Raises `CheckpointError` as `read_config` does."""
+    values = read_config(index.config, index.folder / "config.json").to_dict()
+    values.pop("_name_or_path", None)  # where it was read
+    return replace(index, config={**index.config, **values})
+
+
 def without_empty_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without the settings that say nothing: a quantization_config that is null or empty."""
     return {name: value for name, value in raw.items() if name != "quantization_config" or value not in (None, {})}
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class for a configuration: AutoModelForCausalLM, or that of models around a text model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+
+
 def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
-    """A causal language model of transformers from a local folder, on the CPU, without its progress bars.
+    """A model of transformers that writes text, from a local folder, on the CPU, without its progress bars.
 
     `dtype`: a torch dtype or "auto"; `options` go to from_pretrained. Scores that are capped are computed by the eager
     attention, the only one that caps them in every release. Raises `CheckpointError` in one sentence: where the model cannot be
     loaded, and where weights are missing, which transformers makes up.
     """
-    from transformers import AutoModelForCausalLM
-
     import xeco_convert  # noqa: F401  registers the converted families
 
-    config = read_config(read_json(folder / "config.json"), folder / "config.json")
+    config = plain_outputs(read_config(read_json(folder / "config.json"), folder / "config.json"))
     if getattr(config, "attn_logit_softcapping", None):
         options = {"attn_implementation": "eager", **options}
     try:
         with _no_progress_bars(), _loadable(folder) as whole:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class(config).from_pretrained(
                 whole,
                 config=config,
                 dtype=dtype,
@@ -74,6 +101,12 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
             f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
         )
     return model
+
+
+def plain_outputs(config: Any) -> Any:
+    """The configuration, in place, for calls that read logits or hidden states off what the model returns."""
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    return config
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.checkpoint.companions import TOKENIZER_CONFIG, tokenizer_files
 from xeco_convert.checkpoint.index import read_json
-from xeco_convert.conversion import FORMAT_VERSION, model_identity
+from xeco_convert.conversion import FORMAT_VERSION, model_identity, wrapper_identity
 from xeco_convert.errors import CheckpointError, OptionError, OutputError, XecoWarning
-from xeco_convert.families import FamilySpec, supported_model_types
-from xeco_convert.modeling import MlaLayer, code_files
+from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
+from xeco_convert.layer_entries import converted_text, mla_layer
+from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
 
@@ -81,9 +82,9 @@ def _family(folder: Path, config: Mapping[str, Any]) -> FamilySpec:
         raise CheckpointError(
             f"{folder}: is an export, which holds no code to renew; refresh the converted folder, then export that again."
         )
-    model_type = str(config.get("model_type"))
-    family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
-    if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(config.get("mla_layers"), list):
+    model_type, text = str(config.get("model_type")), converted_text(config)
+    family = supported_model_types().get(str(text.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None or not isinstance(text.get("mla_layers"), list):
         raise CheckpointError(
             f"{folder}: expected a checkpoint converted by xeco-convert, found model_type {model_type!r}; convert it first."
         )
@@ -116,9 +117,9 @@ def _source(
         if given:
             raise OptionError(f"--source: {error}") from None
         return None, f"{error} If the source lies elsewhere now, give --source IN."
-    found = index.config.get("model_type")
-    if found != family.model_type:
-        sentence = f"{path}: expected the {family.model_type} model that was converted, found model_type {found!r}"
+    found, expected = index.config.get("model_type"), _wrapped_type(config) or family.model_type
+    if found != expected:
+        sentence = f"{path}: expected the {expected} model that was converted, found model_type {found!r}"
         if given:
             raise OptionError(f"--source: {sentence}; give the model that config.json records: {recorded.get('path')}.")
         return None, f"{sentence}; give --source IN."
@@ -136,13 +137,21 @@ def _prepare(folder: Path, new: Path, config: Mapping[str, Any], family: FamilyS
 
 def _renewed_config(folder: Path, config: Mapping[str, Any], family: FamilySpec) -> dict[str, Any]:
     """config.json as this version writes it for these weights."""
-    try:
-        layers = [None if entry is None else MlaLayer.from_dict(entry).to_dict() for entry in config["mla_layers"]]
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: config.json: {error}.") from None
+    text = converted_text(config)
+    entries = enumerate(text["mla_layers"])
+    layers = [None if entry is None else mla_layer(number, entry).to_dict() for number, entry in entries]
     conversion = {"format_version": FORMAT_VERSION, **_conversion(config)}
-    renewed = {**config, **model_identity(family), "mla_layers": layers}
+    renewed = {**text, **model_identity(family), "mla_layers": layers}
+    wrapper = _wrapped_type(config)
+    if wrapper is not None:
+        renewed = {**config, **wrapper_identity(wrapper, WRAPPERS[wrapper]), "text_config": renewed}
     return {**renewed, "conversion": {**conversion, "format_version": FORMAT_VERSION}}
+
+
+def _wrapped_type(config: Mapping[str, Any]) -> str | None:
+    """model_type of the source, where it is a model around a text model."""
+    own = str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
+    return own if own in WRAPPERS else None
 
 
 def _stamped(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 _AUTO = "transformers.models.auto"
 _FAMILY_MODULE = "transformers.models.xeco_"
+_MULTIMODAL = "Multimodal"  # MULTIMODAL of xeco_convert.modeling, which imports transformers
 
 
 def register_families() -> None:
@@ -37,21 +38,38 @@ def _families() -> dict[str, tuple[str, str]]:
     return {source: (f"xeco_{source}", f"Xeco{spec.class_prefix}") for source, spec in supported_model_types().items()}
 
 
+def _wrappers() -> dict[str, tuple[str, str]]:
+    """The same of the models around text models."""
+    from xeco_convert.families import WRAPPERS
+
+    return {source: (f"xeco_{source}", f"Xeco{prefix}{_MULTIMODAL}") for source, prefix in WRAPPERS.items()}
+
+
+def _all() -> dict[str, tuple[str, str]]:
+    return {**_families(), **_wrappers()}
+
+
 def _enter_configurations(module: Any) -> None:
-    module.CONFIG_MAPPING_NAMES.update({own: f"{prefix}Config" for own, prefix in _families().values()})
+    module.CONFIG_MAPPING_NAMES.update({own: f"{prefix}Config" for own, prefix in _all().values()})
 
 
 def _enter_models(module: Any) -> None:
-    for own, prefix in _families().values():
+    for own, prefix in _all().values():
         module.MODEL_MAPPING_NAMES[own] = f"{prefix}Model"
+    for own, prefix in _families().values():
         module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[own] = f"{prefix}ForCausalLM"
-    _enter_backwards(module.MODEL_MAPPING, module.MODEL_FOR_CAUSAL_LM_MAPPING)
+    for own, prefix in _wrappers().values():
+        module.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[own] = f"{prefix}ForConditionalGeneration"
+        module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[own] = f"{prefix}ForConditionalGeneration"
+    _enter_backwards(
+        module.MODEL_MAPPING, module.MODEL_FOR_CAUSAL_LM_MAPPING, module.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
 
 
 def _enter_tokenizers(module: Any) -> None:
     """A converted family has the tokenizer of its source, chosen by the same rules."""
     names, distrusted = module.TOKENIZER_MAPPING_NAMES, module.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
-    for source, (own, _) in _families().items():
+    for source, (own, _) in _all().items():
         if source in names:
             names[own] = names[source]
         if source in distrusted:  # whose tokenizer_config.json transformers does not believe
@@ -59,16 +77,30 @@ def _enter_tokenizers(module: Any) -> None:
     _enter_backwards(module.TOKENIZER_MAPPING)
 
 
+def _enter_processors(what: str) -> Callable[[Any], None]:
+    """What makes the inputs of a model around a text model is that of its source; `what`: how the tables' names begin."""
+
+    def enter(module: Any) -> None:
+        names = getattr(module, f"{what}_MAPPING_NAMES")
+        names.update({own: names[source] for source, (own, _) in _wrappers().items() if source in names})
+        _enter_backwards(getattr(module, f"{what}_MAPPING"))
+
+    return enter
+
+
 def _enter_backwards(*mappings: Any) -> None:
     """From classes to model_types: turned round when a mapping is made, which may have been before the families came."""
     for mapping in mappings:
-        mapping._reverse_config_mapping.update({f"{prefix}Config": own for own, prefix in _families().values()})
+        mapping._reverse_config_mapping.update({f"{prefix}Config": own for own, prefix in _all().values()})
 
 
 _TABLES: dict[str, Callable[[Any], None]] = {
     f"{_AUTO}.configuration_auto": _enter_configurations,
     f"{_AUTO}.modeling_auto": _enter_models,
     f"{_AUTO}.tokenization_auto": _enter_tokenizers,
+    f"{_AUTO}.processing_auto": _enter_processors("PROCESSOR"),
+    f"{_AUTO}.image_processing_auto": _enter_processors("IMAGE_PROCESSOR"),
+    f"{_AUTO}.video_processing_auto": _enter_processors("VIDEO_PROCESSOR"),
 }
 
 
@@ -79,7 +111,7 @@ class _FamilyFinder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname.startswith(_FAMILY_MODULE):
-            known = any(fullname == f"transformers.models.{own}" for own, _ in _families().values())
+            known = any(fullname == f"transformers.models.{own}" for own, _ in _all().values())
             return importlib.machinery.ModuleSpec(fullname, _FamilyLoader()) if known else None
         if fullname not in _TABLES:
             return None
@@ -120,7 +152,8 @@ class _FamilyLoader(importlib.abc.Loader):
 class _FamilyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("Xeco"):
-            from xeco_convert.modeling import configuration_xeco, modeling_xeco
+            from xeco_convert.modeling import configuration_xeco, modeling_xeco, modeling_xeco_multimodal
 
-            return getattr(configuration_xeco if name.endswith("Config") else modeling_xeco, name)
+            models = modeling_xeco_multimodal if _MULTIMODAL in name else modeling_xeco
+            return getattr(configuration_xeco if name.endswith("Config") else models, name)
         raise AttributeError(f"module {self.__name__} has no attribute {name}")

@@ -6,6 +6,7 @@ tables of its rotary embedding, and which stored tensor becomes which parameter 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of
-from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for
-from xeco_convert.families.spec import refuse_quantised
-from xeco_convert.pretrained import read_config
+from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of, shown
+from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for, family_within, wrapper_of
+from xeco_convert.families.spec import FUSED, refuse_quantised
+from xeco_convert.pretrained import auto_class, plain_outputs, read_config
 from xeco_convert.tensor_names import TensorNames, resolve_names
 
 ReadTensor = Callable[[str], Tensor]
@@ -30,18 +31,25 @@ class SourceModel:
     """A source, bound once: files, family, transformers' configuration and class.
 
     `index` has the names under which transformers looks for tensors (files that leave out the base model's prefix get it);
-    `values` are the fields of the configuration as transformers resolved them; `skeleton` is the whole model on torch's
-    meta device; `names` says which stored tensors make up a parameter.
+    `config` is the configuration of the text model, `values` are its fields as transformers resolved them; `skeleton` is the
+    whole model on torch's meta device; `names` says which stored tensors make up a parameter. Of a model around a text model,
+    `wrapper` is how its classes begin, and `family` has the names of the text model's tensors within it.
     """
 
     index: CheckpointIndex
     family: FamilySpec
+    wrapper: str | None
     config: Any
     values: Mapping[str, Any]
     geometry: AttentionGeometry
     kinds: tuple[LayerKind, ...]
     skeleton: Any
     names: TensorNames
+
+    @property
+    def model_type(self) -> str:
+        """model_type of the whole model."""
+        return str(self.skeleton.config.model_type)
 
     @property
     def decoder(self) -> Any:
@@ -72,7 +80,7 @@ class SourceModel:
 
     def runnable_config(self) -> Any:
         """The configuration for running layers in float32, with an implementation of attention that computes all of it."""
-        config = deepcopy(self.config)
+        config = plain_outputs(deepcopy(self.config))
         # transformers' fused attention leaves the cap out without a word
         config._attn_implementation = "sdpa" if self.logit_softcap is None else "eager"
         config.dtype = torch.float32
@@ -93,47 +101,84 @@ def open_source(index: CheckpointIndex) -> SourceModel:
     Raises `UnsupportedModelError` for models that are not converted, and `CheckpointError` where transformers does not take
     the configuration, or the files do not hold what its class needs.
     """
-    family = family_for(index.config)
-    refuse_quantised(index.config)
-    config = read_config(index.config)
+    wrapper = wrapper_of(index.config)
+    if wrapper is None:  # refused by what the file says, in which transformers might find a fault of another kind
+        family_for(index.config)
+    for raw in _parts(index.config):
+        _check_model_type(raw)
+        refuse_quantised(raw)
+        _check_layers(index, raw.get("num_hidden_layers"))
+    whole = read_config(index.config)
+    config = whole if wrapper is None else whole.get_text_config()
     values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    family = family_for(values) if wrapper is None else family_within(index.config["model_type"], values)
     geometry = family.geometry(values)
-    if geometry.num_hidden_layers > len(index.headers):  # before anything is made for each layer: it may be absurd
-        raise CheckpointError(
-            f"config.json: num_hidden_layers is {geometry.num_hidden_layers}, but the weights hold {len(index.headers)} "
-            "tensors; the two do not belong together."
-        )
+    for part in _parts(whole.to_dict()):
+        _check_layers(index, part.get("num_hidden_layers"))
     family.check_config(values)
-    skeleton = build_skeleton(config)
-    kinds = _layer_kinds(family, values, config, skeleton, geometry)
+    family.check_numbers(values)
+    skeleton = build_skeleton(whole)
+    if wrapper is not None:
+        family = family.within(*_places(skeleton))
     names = resolve_names(index, skeleton)
     source = SourceModel(
         index=replace(index, headers=names.headers, files=names.files, stored_names=names.stored_names),
         family=family,
+        wrapper=wrapper,
         config=config,
         values=values,
         geometry=geometry,
-        kinds=kinds,
+        kinds=(),
         skeleton=skeleton,
         names=names,
     )
     _check_parameters(source)
-    _warn_of_fields_without_effect(index.config, config)
-    return source
+    _warn_of_fields_without_effect(index.config, whole, family)
+    if wrapper is not None:
+        _warn_of_fields_without_effect(index.config.get("text_config") or {}, config, family)
+    # tables are computed last, when the widths are known to be those of the weights: they may be absurd
+    return replace(source, kinds=_layer_kinds(family, values, config, skeleton, geometry))
+
+
+def _check_layers(index: CheckpointIndex, count: Any) -> None:
+    """Before anything is made for each layer: the number may be absurd."""
+    if isinstance(count, int) and count > len(index.headers):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {shown(count)}, but the weights hold {len(index.headers)} tensors; the two do "
+            "not belong together."
+        )
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A configuration and those of its parts."""
+    return [config, *(value for value in config.values() if isinstance(value, Mapping))]
+
+
+def _check_model_type(raw: Mapping[str, Any]) -> None:
+    """transformers takes any value for the model_type of a part, and stumbles over it later."""
+    if not isinstance(raw.get("model_type"), str | None):
+        raise CheckpointError(
+            f"config.json: expected a name for every model_type, found {raw['model_type']!r}; take config.json from the model's "
+            "own folder."
+        )
 
 
 def build_skeleton(config: Any) -> Any:
-    """transformers' causal language model of a configuration, on the meta device. Raises `CheckpointError`."""
-    from transformers import AutoModelForCausalLM
-
+    """transformers' model of a configuration that writes text, on the meta device. Raises `CheckpointError`."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            return auto_class(config).from_config(config, trust_remote_code=False).eval()
     except Exception as error:  # constructors of many classes, given any numbers
         raise CheckpointError(
             f"config.json: transformers cannot build the model that it describes ({reason_of(error)}); take config.json from "
             "the model's own folder."
         ) from None
+
+
+def _places(skeleton: Any) -> tuple[str, str]:
+    """Names of the decoder of text and of the output head in a model around them."""
+    names = {module: name for name, module in skeleton.named_modules()}
+    return names[skeleton.get_decoder()], names[skeleton.get_output_embeddings()]
 
 
 def rotary_embedding(config: Any, skeleton: Any) -> nn.Module:
@@ -200,15 +245,23 @@ def _check_parameters(source: SourceModel) -> None:
         _check_shape(source, name, tuple(parameter.shape))
     geometry, module = source.geometry, source.family.module
     attention = getattr(source.decoder.layers[0], module)
-    if "q_proj" in source.family.attention:
+    if not (isinstance(attention.scaling, int | float) and 0 < attention.scaling < math.inf):
+        raise CheckpointError(
+            f"config.json: transformers would scale the scores by {shown(attention.scaling)}, expected a positive number; take "
+            "config.json from the model's own folder."
+        )
+    heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+    expected = [count * geometry.head_dim for count in (heads, groups, groups)]
+    fused = source.family.attention.get(FUSED, "").rpartition(".")[2]
+    if fused:
+        found, expected = [getattr(attention, fused).weight.shape[0]], [sum(expected)]
+    else:
         found = [getattr(attention, which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
-        heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
-        expected = [count * geometry.head_dim for count in (heads, groups, groups)]
-        if found != expected:
-            raise UnsupportedModelError(
-                f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
-                f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
-            )
+    if found != expected:
+        raise UnsupportedModelError(
+            f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
+            f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
+        )
 
 
 def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None:
@@ -252,16 +305,18 @@ def _check_dtype(index: CheckpointIndex, name: str) -> None:
         )
 
 
-def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any) -> None:
+def _warn_of_fields_without_effect(raw: Mapping[str, Any], config: Any, family: FamilySpec) -> None:
     """Fields whose names speak of attention and that transformers' class does not know: it computes without them, and so does
     the conversion; the user should know, in case these weights belong to another architecture."""
     known = type(config)().to_dict().keys() | set(getattr(config, "attribute_map", {}))
     for name, value in raw.items():
         if name in known or value in (None, False, 0, [], {}, "") or not _speaks_of_attention(name):
             continue
+        if family.has_key_norm and "qk" in name and "norm" in name:  # says what the class does always
+            continue
         warnings.warn(
-            f"config.json: {name} = {value!r} is no field of transformers' {type(config).__name__}, which computes without it; "
-            "so does the conversion.",
+            f"config.json: {name[:_LONGEST_NAME]} = {shown(value)} is no field of transformers' {type(config).__name__}, which "
+            "computes without it; so does the conversion.",
             XecoWarning,
             stacklevel=2,
         )
@@ -271,6 +326,7 @@ def _speaks_of_attention(name: str) -> bool:
     return any(word in name for word in _ATTENTION_WORDS) and name not in _READ_BY_TRANSFORMERS
 
 
+_LONGEST_NAME = 60
 _ATTENTION_WORDS = (
     "attn",
     "attention",
@@ -282,6 +338,7 @@ _ATTENTION_WORDS = (
     "position_embedding",
     "sink",
     "clip_",
+    "logn",
 )
 # Fields that transformers reads although they are none of the class: old spellings, and choices of implementation.
 _READ_BY_TRANSFORMERS = frozenset(

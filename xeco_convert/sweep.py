@@ -107,7 +107,7 @@ def sweep(
     run = _Sweep(index, fields, on_progress or (lambda what, share: None))
     points = tuple(run.point(size, number / len(kv_sizes), 1 / len(kv_sizes)) for number, size in enumerate(kv_sizes))
     if not run.summary:
-        raise OptionError(points[0].problem if points else "--kv-sizes: no size was given; add some, as 50,25.")
+        raise OptionError((points and points[0].problem) or "--kv-sizes: no size was given; add some, as 50,25.")
     summary = run.summary
     return SweepReport(
         source=index.hub_id or index.folder.name,

@@ -77,10 +77,13 @@ def resolve_names(index: CheckpointIndex, skeleton: Any) -> TensorNames:
         if name != stored:
             stored_names[name] = stored
     ordered = _in_file_order(index, headers, stored_names)
+    in_files = {
+        name: index.stored_names.get(stored_names.get(name, name), stored_names.get(name, name)) for name in ordered
+    }
     return TensorNames(
         headers=ordered,
         files={name: index.files[stored_names.get(name, name)] for name in ordered},
-        stored_names=stored_names,
+        stored_names={name: stored for name, stored in in_files.items() if stored != name},
         parameters=parameters,
         ignored=tuple(name for name in index.headers if name in set(ignored)),
         tied=dict(getattr(skeleton, "all_tied_weights_keys", None) or {}),
@@ -97,12 +100,16 @@ class _Renamer:
         mapping = get_model_conversion_mapping(skeleton)
         self.state = skeleton.state_dict()
         self._prefix: str = skeleton.base_model_prefix
+        self._wraps = skeleton.get_decoder() is not skeleton.base_model
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.converters: dict[str | None, Any] = {
             pattern: entry for entry in self._converters for pattern in entry.source_patterns
         }
         patterns = set(skeleton._keys_to_ignore_on_load_unexpected or ())
+        # an exception of from_pretrained itself, for classes that compute them
+        if any(name.endswith("position_ids") for name, _ in skeleton.named_buffers()):
+            patterns.add(r"(^|\.)position_ids$")
         self._ignored = [re.compile(pattern) for pattern in patterns]
 
     def place(self, stored: str) -> tuple[str, str, str | None]:
@@ -114,6 +121,8 @@ class _Renamer:
         parameter, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self.state)
         if parameter not in self.state and plain in self.state:
             return plain, plain, None
+        if self._wraps and pattern is None:  # published files of such models have other names for their parts
+            return parameter, parameter, None
         if plain in self.state and pattern is None:
             return parameter, plain, None
         prefix = f"{self._prefix}."

@@ -215,13 +215,14 @@ def balance_model(model: Any) -> None:
 def same_outside_attention(student: CheckpointIndex, source: CheckpointIndex) -> str | None:
     """The first tensor outside converted attention in which the two differ; None where there is none.
 
-    The layer-wise stage aims at the source with the source's feed-forward parts, so the student must still have them.
+    The layer-wise stage aims at the source with the source's feed-forward parts, so the student must still have them. `source`
+    has the names under which transformers looks for its tensors (`open_source`), as a converted checkpoint has.
     """
     readers, converted = (TensorReader(student), TensorReader(source)), attention_prefixes(student)
     for name in student.headers:
-        if name.startswith(converted) or name not in source.headers:
+        if name.startswith(converted):
             continue
-        if student.headers[name].shape != source.headers[name].shape:
+        if name not in source.headers or student.headers[name].shape != source.headers[name].shape:
             return name
         pairs = zip(*(reader.read_chunks(name) for reader in readers), strict=False)
         for own, other in pairs:

@@ -59,8 +59,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         for method in ("fp8", "gptq", "awq")
     },
     "vision-language": (
-        {"model_type": "llava", "text_config": {"model_type": "llama"}},
-        ("'llava' wraps a text model ('llama', which is a supported family)", "save_pretrained"),
+        {"model_type": "vipllava", "text_config": {"model_type": "llama"}},
+        ("'vipllava' wraps a text model ('llama')", "docs/faq.md says how to save it"),
     ),
     "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("'bert' is no decoder of text alone",)),
     "odd quantisation": ({"quantization_config": ["awq"]}, ("quantised",)),

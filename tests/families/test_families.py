@@ -78,16 +78,6 @@ def test_rotary_types_that_a_family_does_not_describe_are_refused() -> None:
         supported_model_types()["llama"].check_config(values)
 
 
-def test_a_wrapper_of_several_modalities_names_its_text_model() -> None:
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
-    with pytest.raises(
-        UnsupportedModelError, match=r"'gemma3' wraps a text model \('gemma3_text', which is a supported"
-    ):
-        family_for(config)
-    with pytest.raises(UnsupportedModelError, match=r"\('opt', which is no supported family either\)"):
-        family_for({"model_type": "blip-2", "text_config": {"model_type": "opt"}})
-
-
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import KEY_NORM, VARIANTS, VOCABULARY, build_checkpoint, random_ids, write_weights
-from safetensors.torch import load_file
+from builders import KEY_NORM, VARIANTS, VOCABULARY, build_checkpoint, make_key_norms_constant, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
@@ -152,26 +151,11 @@ def test_a_kv_budget_is_split_over_the_layers_of_a_family(variant: str, tmp_path
     load(tmp_path / "out")
 
 
-def with_constant_key_norms(folder: Path, variant: str) -> Path:
-    """A source whose keys have the same rms for every token: inputs of constant norm (weights of 1 before the layer) through
-    orthogonal projections, so that the norm of the keys only scales them and their regression is exact."""
-    heads = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    base = build_checkpoint(folder, variant, tokenizer=True, **heads)
-    tensors = load_file(base / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    for name, tensor in tensors.items():
-        if name.endswith("input_layernorm.weight"):
-            tensor.fill_(0.0 if variant == "gemma3" else 1.0)
-        if name.endswith("k_proj.weight"):
-            parts = [torch.linalg.qr(torch.randn(32, 32, generator=generator))[0] for _ in range(2)]
-            tensor.copy_(torch.cat(parts))
-    write_weights(base, tensors)
-    return base
-
-
 @pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe", "gemma3"])
 def test_normalised_keys_are_exact_where_their_regression_is(variant: str, tmp_path: Path) -> None:
-    source = with_constant_key_norms(tmp_path / "source", variant)
+    heads = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    source = build_checkpoint(tmp_path / "source", variant, tokenizer=True, **heads)
+    make_key_norms_constant(source, 1.0 if variant == "gemma3" else 0.0)
     report = convert(source, tmp_path / "out", rank=32, rope_dim=64, qk_norm="regression")
     assert all(layer.details["key_regression_error"] < 1e-6 for layer in report.layers)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

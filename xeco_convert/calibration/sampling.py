@@ -51,7 +51,8 @@ def sample_rows(
 
     The same seed gives the same tokens; torch's own random state is left as it was. `on_progress` is told the share done.
     """
-    start = _start_token(model.config)
+    config = model.config.get_text_config()
+    start = _start_token(config)
     count = None if on_progress is None else _TokenCount(rows * length, on_progress)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -60,7 +61,7 @@ def sample_rows(
             for done in range(0, rows, rows_per_batch)
         ]
     ids = torch.cat(parts)
-    special = [token for token in (model.config.bos_token_id, model.config.pad_token_id) if isinstance(token, int)]
+    special = [token for token in (config.bos_token_id, config.pad_token_id) if isinstance(token, int)]
     return ids, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
+from xeco_convert.errors import CheckpointError, reason_of
 from xeco_convert.factorize.forward import AttentionContext, soft_capped
 from xeco_convert.families import FamilySpec
 from xeco_convert.plan import ConversionPlan
@@ -70,13 +71,24 @@ class LayerView:
         mask = self.mask
         if self.logit_softcap is not None:  # only transformers' eager attention caps scores; it adds its mask
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-        output = self.layer(
-            inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            position_embeddings=self.position_embeddings,
-            use_cache=False,
-        )
+        try:
+            output = self.layer(
+                inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=self.position_embeddings,
+                use_cache=False,
+            )
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            ZeroDivisionError,
+        ) as error:  # settings that only its forward reads
+            raise CheckpointError(
+                f"config.json: transformers cannot compute layer {self.number} with these settings ({reason_of(error)}); take "
+                "config.json from the model's own folder."
+            ) from None
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -177,6 +189,7 @@ class SourceStream:
             with torch.no_grad():  # in place: the states before the layer are not needed again
                 for part in view.batches(hidden):
                     hidden[part] = view.run(hidden[part])
+            _check_finite(hidden, f"the output of layer {number}")
             view.layer.to("meta")
             _return_freed_memory()
 
@@ -203,7 +216,9 @@ class SourceStream:
             inside = (wanted >= start) & (wanted < start + chunk.shape[0])
             rows[inside] = chunk[wanted[inside] - start].float()
             start += chunk.shape[0]
-        return self._embedding_scale() * rows[places].to(self._device)
+        hidden = self._embedding_scale() * rows[places].to(self._device)
+        _check_finite(hidden, "the embedding of the calibration text")
+        return hidden
 
     def _embedding_scale(self) -> float:
         """What embeddings are multiplied by before the first layer."""
@@ -231,6 +246,15 @@ class SourceStream:
         if window is not None:
             visible = visible.triu(diagonal=1 - window)
         return visible[None, None]
+
+
+def _check_finite(hidden: Tensor, what: str) -> None:
+    """Raise `CheckpointError` where the source itself computes nonsense: no statistics can be taken from that."""
+    if not bool(hidden.isfinite().all()):
+        raise CheckpointError(
+            f"{what} is not finite in float32: the source's weights or the numbers in its config.json are damaged; download the "
+            "checkpoint again."
+        )
 
 
 class _RotaryTables:

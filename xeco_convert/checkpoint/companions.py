@@ -14,7 +14,7 @@ _TOKENIZER_PATTERNS = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
 )
 _OTHER_PATTERNS = (
-    *("generation_config.json", "preprocessor_config.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 )
 # What a download needs for the files that this module finds; which code and lists belong to a tokenizer shows only then.

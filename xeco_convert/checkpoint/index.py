@@ -118,11 +118,11 @@ def _locate(
 ) -> tuple[Path, str | None, str | None]:
     """Folder of a source, and its hub id and commit where it is one; `patterns`: the files that are wanted of a hub id."""
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False as well for what cannot be a name
         return folder.resolve(), None, None
     name = str(source)
-    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        found = "a file" if folder.exists() else "nothing"
+    if os.path.exists(folder) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        found = "a file" if os.path.exists(folder) else "nothing"
         raise CheckpointError(
             f"{source}: expected a checkpoint folder, found {found}; give the folder that holds config.json."
         )
@@ -173,9 +173,10 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
+        kind = "MultimodalLM" if "text_config" in _read_config(folder) else "CausalLM"
         return CheckpointError(
             f"{folder}: found pickled weights ({pickles[0]}), which are never loaded; expected {SINGLE_FILE}. Convert them "
-            'first: AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(new_folder).'
+            f'first: AutoModelFor{kind}.from_pretrained(folder, dtype="auto").save_pretrained(new_folder).'
         )
     return CheckpointError(
         f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither; give a whole checkpoint folder."
@@ -201,7 +202,7 @@ def _read_headers(file: Path) -> list[TensorHeader]:
 
 def _check_frame(file: Path) -> None:
     """Whether the file can hold the header that it announces: clearer words than the library's for the common damages."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # False as well for what cannot be a name
         raise CheckpointError(f"{file}: not found, although the index names it; download the checkpoint again.")
     size = file.stat().st_size
     try:

@@ -14,6 +14,7 @@ from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.export.targets import HeadWidths, Target
 from xeco_convert.families import AttentionGeometry, FamilySpec
 from xeco_convert.families.spec import rope_parameters
+from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling import MlaLayer
 
 STOCK_NORM_EPS = 1e-6  # of kv_a_layernorm in transformers, whatever config.json says
@@ -111,7 +112,7 @@ def _mla_layers(config: Mapping[str, Any]) -> tuple[MlaLayer, ...]:
         raise UnsupportedModelError(
             f"config.json: layers {kept} kept the source's attention, and a DeepSeek model has none but MLA; convert all layers."
         )
-    return tuple(MlaLayer.from_dict(entry) for entry in entries)
+    return tuple(mla_layer(number, entry) for number, entry in enumerate(entries))
 
 
 def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer]) -> None:

@@ -16,13 +16,13 @@ from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorRea
 from xeco_convert.checkpoint.companions import companion_files
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.writer import DTYPE_NAMES
-from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
 from xeco_convert.export.comparison import Comparison, compare_with_stock
 from xeco_convert.export.latent_norm import attentions, with_latent_norms
 from xeco_convert.export.layout import ExportLayout, make_layout, stock_config
 from xeco_convert.export.targets import TARGETS
 from xeco_convert.export.tensors import stock_headers, stock_tensors
-from xeco_convert.families import FamilySpec, supported_model_types
+from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import parse_size
 from xeco_convert.pretrained import load_causal_lm, read_config
@@ -141,6 +141,11 @@ def _write(
 def _family(index: CheckpointIndex) -> FamilySpec:
     """The family of the source that was converted."""
     model_type = str(index.config.get("model_type"))
+    if model_type.removeprefix(MODEL_TYPE_PREFIX) in WRAPPERS:
+        raise UnsupportedModelError(
+            f"{index.folder}: a {model_type} model is one of text and images, for which there is no stock class; serve the "
+            "converted folder itself with trust_remote_code, or convert and export its text model alone (docs/faq.md)."
+        )
     family = supported_model_types().get(model_type.removeprefix(MODEL_TYPE_PREFIX))
     if not model_type.startswith(MODEL_TYPE_PREFIX) or family is None:
         raise CheckpointError(

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from xeco_convert.errors import CheckpointError, UnsupportedModelError
+from xeco_convert.errors import CheckpointError, UnsupportedModelError, shown
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = "qkv_proj"
 QKV_LAYOUTS = ("stacked", "per_head")
 _NORMS = ("q_norm", "k_norm")
+_LONGEST_METHOD = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,27 @@ class FamilySpec:
             )
         return cls(**{**data, "rope_types": tuple(data["rope_types"])})
 
+    def within(self, decoder: str, output_head: str) -> FamilySpec:
+        """The family as a part of a larger model, in which its decoder and the output head have these names: the names of its
+        tensors there. Such models do nothing to the logits after the head, whatever the text model alone would do."""
+        base = self.layers.partition("layers.")[0]
+
+        def moved(name: str) -> str:
+            return f"{decoder}.{name.removeprefix(base)}" if name else ""
+
+        return replace(
+            self,
+            attention={which: moved(name) for which, name in self.attention.items()},
+            input_norm=moved(self.input_norm),
+            layers=moved(self.layers),
+            embedding=moved(self.embedding),
+            final_norm=moved(self.final_norm),
+            output_head=f"{output_head}.weight",
+            logits_divisor="",
+            logits_softcap="",
+            not_portable="it is part of a model of text and images, for which there is no stock class",
+        )
+
     @property
     def projections(self) -> tuple[str, ...]:
         """The projections that are converted, as the source stores them."""
@@ -136,13 +159,35 @@ class FamilySpec:
         return AttentionGeometry(**numbers)
 
     def check_config(self, values: Mapping[str, Any]) -> None:
-        """Refuse rotary types that this family is not known to convert. Raises `UnsupportedModelError`."""
+        """Refuse rotary types that this family is not known to convert, and shares of a head that cannot be.
+
+        Raises `UnsupportedModelError`, `CheckpointError`.
+        """
         for rope in self._all_rope_parameters(values):
             rope_type = rope.get("rope_type", "default")
             if rope_type not in self.rope_types:
                 raise UnsupportedModelError(
-                    f"config.json: rotary type {rope_type!r} is not supported for {self.model_type}; "
+                    f"config.json: rotary type {shown(rope_type)} is not supported for {self.model_type}; "
                     f"supported are {', '.join(self.rope_types)}."
+                )
+            share = rope.get("partial_rotary_factor")
+            if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
+                raise CheckpointError(
+                    f"config.json: expected partial_rotary_factor above 0 and at most 1, found {shown(share)}; "
+                    "take config.json from the model's own folder."
+                )
+
+    def check_numbers(self, values: Mapping[str, Any]) -> None:
+        """Refuse numbers that the model could only compute nonsense with. Raises `CheckpointError`."""
+        positive = (self.attention_scale, self.attention_softcap, self.logits_softcap, self.logits_divisor)
+        least = {**dict.fromkeys((*positive, self.embedding_scale), 0.0), self.residual_scale: -math.inf}
+        for name, bound in {**least, "rms_norm_eps": -math.inf, "layer_norm_eps": -math.inf}.items():
+            value = values.get(name)
+            if value is not None and not (type(value) in (int, float) and bound < value < math.inf):
+                kind = "positive" if bound == 0 else "finite"
+                raise CheckpointError(
+                    f"config.json: expected a {kind} number for {name}, found {shown(value)}; take config.json from the model's "
+                    "own folder."
                 )
 
     def norm_eps(self, values: Mapping[str, Any]) -> float:
@@ -213,9 +258,10 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
     if not config.get("quantization_config"):
         return
     settings = config["quantization_config"]
-    method = settings.get("quant_method", "unnamed") if isinstance(settings, Mapping) else "unnamed"
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    named = method if isinstance(method, str) and method.isprintable() else "unnamed"
     raise UnsupportedModelError(
-        f"config.json: the weights are quantised ({method}), expected float32, bfloat16 or float16; "
+        f"config.json: the weights are quantised ({named[:_LONGEST_METHOD]}), expected float32, bfloat16 or float16; "
         "save a dequantised copy first (model.dequantize() in transformers) and convert that."
     )
 
@@ -223,7 +269,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
 def _entry(values: Any, layer: int, name: str) -> Any:
     if not isinstance(values, list) or layer >= len(values):
         raise CheckpointError(
-            f"config.json: expected a list with an entry for layer {layer} in {name}, found {values!r}."
+            f"config.json: expected a list with an entry for layer {layer} in {name}, found {shown(values)}."
         )
     return values[layer]
 
@@ -240,7 +286,7 @@ def _integer(values: Mapping[str, Any], name: str) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(
-            f"config.json: expected a positive whole number for {name}, found {value!r}; "
+            f"config.json: expected a positive whole number for {name}, found {shown(value)}; "
             "take config.json from the model's own folder."
         )
     return value

@@ -6,24 +6,62 @@ is made on first use from the class of its source: `XecoLlamaConfig` extends `Ll
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 MODEL_TYPE_PREFIX = "xeco_"
 # Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
 CODE_FILES = (
     "configuration_xeco.py",
     "modeling_xeco.py",
+    "modeling_xeco_multimodal.py",
     "arguments_xeco.py",
     "xeco_latent_attention.py",
     "xeco_choice.py",
 )
+# Between the name of a model around a text model and the kind of its class: XecoLlavaMultimodalConfig. Without it the
+# classes of Gemma 3 would be those of its text model.
+MULTIMODAL = "Multimodal"
+
+
+_WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _list_of(value: Any, allowed: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(allowed(item) for item in value)
+
+
+# What each field of an entry may be, before it is computed with.
+_ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "kv_lora_rank": lambda value: _whole(value, 1),
+    "qk_nope_head_dim": lambda value: _whole(value, 0),
+    "qk_rope_head_dim": lambda value: _whole(value, 0) and value % 2 == 0,
+    "v_head_dim": lambda value: _whole(value, 1),
+    "q_lora_rank": lambda value: value is None or _whole(value, 1),
+    "latent_norm": lambda value: isinstance(value, bool),
+    "rope_index": lambda value: value is None or _list_of(value, lambda item: _whole(item, 0)),
+    "biases": lambda value: _list_of(value, lambda item: item in ("q", "k", "v", "kv_a", "kv_b", "o")),
+    "q_norm": lambda value: value in (None, "head", "all"),
+    "k_norm": lambda value: value in (None, "head", "all"),
+    "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+}
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +91,25 @@ class MlaLayer:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
         """Read an entry of config.json. Raises `ValueError` naming unknown keys and widths that cannot be."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"mla_layers: expected an object or null for each layer, found {_shown(data)}")
         unknown = sorted(set(data) - {item.name for item in fields(cls)})
         if unknown:
-            raise ValueError(f"mla_layers: unknown keys {unknown}; this checkpoint needs a newer xeco-convert")
+            raise ValueError(f"mla_layers: unknown keys {_shown(unknown)}; this checkpoint needs a newer xeco-convert")
+        for name, allowed in _ENTRY_CHECKS.items():
+            if (name in data or name in _WIDTHS) and not allowed(data.get(name)):
+                rule = (
+                    "widths must be positive and qk_rope_head_dim even" if name in _WIDTHS else "no such value can be"
+                )
+                raise ValueError(f"mla_layers: {rule}, found {name} = {_shown(data.get(name))}")
         index = data.get("rope_index")
         layer = cls(
             **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
         )
-        if layer.kv_lora_rank < 1 or layer.qk_rope_head_dim < 0 or layer.qk_rope_head_dim % 2 or layer.v_head_dim < 1:
-            raise ValueError(f"mla_layers: widths must be positive and qk_rope_head_dim even, found {dict(data)}")
         if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
             )
-        for name, kind in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
-            if kind not in (None, "head", "all"):
-                raise ValueError(f'mla_layers: expected "head", "all" or null for {name}, found {kind!r}')
         return layer
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +127,22 @@ class MlaLayer:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class XecoConfigMixin:
+class CodeBesideWeights:
+    """A configuration whose code files are saved with it."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the code files beside it: a copy, or an upload, loads anywhere as well.
+
+        Models save their configuration through this, on one process and before they upload. Classes that were loaded as
+        remote code are left to transformers, which copies their files itself.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, file in code_files().items():
+            shutil.copyfile(file, Path(save_directory) / name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class XecoConfigMixin(CodeBesideWeights):
     """What every converted configuration adds to its source's: one entry per layer, None where a layer was kept."""
 
     mla_layers: list[dict[str, Any] | None] | None
@@ -106,17 +162,6 @@ class XecoConfigMixin:
         kept = 2 * groups * self.head_dim_or_default()
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
         return [kept if layer is None else layer.cache_width for layer in layers]
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with the code files beside it: a copy, or an upload, loads anywhere as well.
-
-        Models save their configuration through this, on one process and before they upload. Classes that were loaded as
-        remote code are left to transformers, which copies their files itself.
-        """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, file in code_files().items():
-            shutil.copyfile(file, Path(save_directory) / name)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def head_dim_or_default(self) -> int:
         """head_dim, which some configurations leave to be computed."""
@@ -158,6 +203,43 @@ def family_config_class(prefix: str) -> Any:
     return globals()[name]
 
 
+class XecoMultimodalConfigMixin(CodeBesideWeights):
+    """What the configuration of a model around a converted text model adds to its source's."""
+
+    text_config: Any
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Builds the text model's configuration before the source's class would: that knows no converted ones."""
+        text = self.text_config
+        if isinstance(text, Mapping) and str(text.get("model_type")).startswith(MODEL_TYPE_PREFIX):
+            self.text_config = family_config_class(text_class_prefix(text["model_type"]))(**text)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+def multimodal_config_class(prefix: str) -> Any:
+    """The configuration class of a model around a converted text model: `multimodal_config_class("Llava")` is
+    `XecoLlavaMultimodalConfig`."""
+    name = f"Xeco{prefix}{MULTIMODAL}Config"
+    if name not in globals():
+        source = getattr(transformers, f"{prefix}Config")
+        attributes = {
+            "__module__": __name__,
+            "__doc__": f"{source.__name__} of a model whose text model's attention was converted to MLA by xeco-convert.",
+            "__annotations__": {"conversion": dict | None, "auto_map": dict | None},
+            "model_type": f"{MODEL_TYPE_PREFIX}{source.model_type}",
+            "conversion": None,
+            "auto_map": field(default_factory=partial(multimodal_auto_map, prefix)),
+        }
+        globals()[name] = type(name, (XecoMultimodalConfigMixin, source), attributes)
+    return globals()[name]
+
+
+def text_class_prefix(model_type: str) -> str:
+    """How the classes of a converted text model's source begin: "Gemma3" for xeco_gemma3_text."""
+    source = CONFIG_MAPPING_NAMES[model_type.removeprefix(MODEL_TYPE_PREFIX)]
+    return source.removesuffix("Config").removesuffix("Text")
+
+
 def source_class(prefix: str, kind: str) -> Any:
     """The transformers class of a family: that of the text model where it has several (Gemma3TextModel)."""
     return getattr(transformers, f"{prefix}Text{kind}", None) or getattr(transformers, f"{prefix}{kind}")
@@ -172,6 +254,18 @@ def auto_map(prefix: str) -> dict[str, str]:
     }
 
 
+def multimodal_auto_map(prefix: str) -> dict[str, str]:
+    """The same for a model around a text model."""
+    name = f"Xeco{prefix}{MULTIMODAL}"
+    whole = f"modeling_xeco_multimodal.{name}ForConditionalGeneration"
+    return {
+        "AutoConfig": f"configuration_xeco.{name}Config",
+        "AutoModel": f"modeling_xeco_multimodal.{name}Model",
+        "AutoModelForImageTextToText": whole,
+        "AutoModelForCausalLM": whole,
+    }
+
+
 def _without_attention(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if plan is None else {name: how for name, how in plan.items() if ".self_attn." not in name}
 
@@ -179,5 +273,8 @@ def _without_attention(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def __getattr__(name: str) -> Any:
     """`configuration_xeco.XecoLlamaConfig` and its kin, made on first use."""
     if name.startswith("Xeco") and name.endswith("Config"):
-        return family_config_class(name.removeprefix("Xeco").removesuffix("Config"))
+        prefix = name.removeprefix("Xeco").removesuffix("Config")
+        if prefix.endswith(MULTIMODAL):
+            return multimodal_config_class(prefix.removesuffix(MULTIMODAL))
+        return family_config_class(prefix)
     raise AttributeError(f"module {__name__} has no attribute {name}")

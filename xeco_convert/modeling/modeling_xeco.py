@@ -454,7 +454,7 @@ def family_model_class(prefix: str, kind: str) -> Any:
     name = f"Xeco{prefix}{kind}"
     if name not in globals():
         source = source_class(prefix, kind)
-        _register_weight_conversion(source, name, family_config_class(prefix).model_type)
+        register_weight_conversion(source, name, family_config_class(prefix).model_type)
         attributes = {
             "__module__": __name__,
             "__doc__": f"{source.__name__} whose attention was converted to MLA by xeco-convert.",
@@ -465,7 +465,7 @@ def family_model_class(prefix: str, kind: str) -> Any:
     return globals()[name]
 
 
-def _register_weight_conversion(source: Any, name: str, model_type: str) -> None:
+def register_weight_conversion(source: Any, name: str, model_type: str) -> None:
     """Checkpoints of a converted family store weights as those of its source do (experts one by one, for one): transformers
     looks up the conversion of names by class or by model_type."""
     from transformers import conversion_mapping as conversions
