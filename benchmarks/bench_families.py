@@ -3,7 +3,8 @@
     python benchmarks/bench_families.py [--families qwen3,gemma2] [--json benchmarks/results/families.json]
 
 Random weights have flat spectra, so the errors at 50 % and 25 % say how families compare with each other, not what a trained
-model loses. Exactness and the error of the regression of normalised keys do say what they say. Models are those of
+model loses. Exactness and the error of the regression of normalised keys do say what they say. Families that normalise keys
+have a second row, of the conversion with linear keys in their place (--qk-norm regression). Models are those of
 tests/builders.py; calibration on random tokens, measured on others.
 """
 
@@ -22,9 +23,10 @@ from transformers import AutoModelForCausalLM
 
 import xeco_convert
 from xeco_convert.evaluate import measure_fidelity
+from xeco_convert.options import QK_NORMS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from builders import VARIANTS, VOCABULARY, build_checkpoint, random_ids
+from builders import KEY_NORM, VARIANTS, VOCABULARY, build_checkpoint, random_ids
 
 COLUMNS = [
     "family",
@@ -38,15 +40,17 @@ COLUMNS = [
 ]
 
 
-def measure(variant: str, folder: Path) -> dict[str, Any]:
-    """One family: the worst layer's exactness, key regression layer by layer, output error (median layer) and KL."""
+def measure(variant: str, folder: Path, qk_norm: str) -> dict[str, Any]:
+    """One family and one form of its normalised keys: the worst layer's exactness, key regression layer by layer, output error
+    (median layer) and KL."""
     source = build_checkpoint(folder / "source", variant, tokenizer=True)
     tokens = torch.randint(3, VOCABULARY, (16384,), generator=torch.Generator().manual_seed(5))
     # ids, not words: the tokenizer class of Qwen2 reads no word-level vocabulary
     (folder / "tokens.json").write_text(json.dumps([tokens.tolist()]))
     attention = "eager" if variant == "gemma2" else "sdpa"
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=attention)
-    row: dict[str, Any] = {"family": variant}
+    name = variant if qk_norm == "exact" else f"{variant}, {qk_norm}"
+    row: dict[str, Any] = {"family": name, "qk_norm": qk_norm}
     for size in ("50%", "25%"):
         output = folder / f"out-{size}"
         report = xeco_convert.convert(
@@ -57,6 +61,7 @@ def measure(variant: str, folder: Path) -> dict[str, Any]:
             calibration=str(folder / "tokens.json"),
             calibration_tokens=8192,
             verify=True,
+            qk_norm=qk_norm,
         )
         converted = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         found = measure_fidelity(original, converted, random_ids(16, 64, seed=9))
@@ -96,9 +101,10 @@ def main() -> None:
     machine = machine_facts()
     rows = []
     for variant in arguments.families.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(variant, Path(folder)))
-        print(variant, file=sys.stderr)
+        for qk_norm in QK_NORMS if variant in KEY_NORM else ("exact",):
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(variant, Path(folder), qk_norm))
+            print(rows[-1]["family"], file=sys.stderr)
     print(describe(machine))
     print(format_table(COLUMNS, [cells(row) for row in rows]))
     normalised = [row for row in rows if row["key_regression"][0] is not None]

@@ -34,8 +34,12 @@ def attention_modules(model: Any) -> dict[int, nn.Module]:
 
 def layer_shape(config: Any, number: int) -> MlaShape:
     """Widths of a converted layer, by the student's configuration as transformers reads it."""
+    layer = config.layer(number)
     return MlaShape(
-        num_attention_heads=config.num_attention_heads, hidden_size=config.hidden_size, **vars(config.layer(number))
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=0 if layer.k_norm is None else config.num_key_value_heads,
+        hidden_size=config.hidden_size,
+        **vars(layer),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
@@ -90,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_parallel_residual": False,
     },
 }
-# Families whose keys are normalised: linear, and so exact, only up to a regression.
+# Families whose keys are normalised.
 KEY_NORM = ("qwen3", "qwen3_bias", "qwen3_moe", "gemma3", "olmo2")
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -235,15 +235,6 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2), encoding="utf-8")
 
 
-def with_linear_keys(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, its norm of the keys (if it has one) taken out: the part of QK-norm that MLA can hold exactly."""
-    for layer in decoder(model).layers:
-        attention = getattr(layer, "self_attn", None)
-        if hasattr(attention, "k_norm"):
-            attention.k_norm = nn.Identity()
-    return model
-
-
 def make_key_norms_constant(folder: Path, offset: float) -> Path:
     """Give every key the same rms: inputs of constant norm (weights of 1 before the layer; `offset` is what the class adds to
     stored weights) through orthogonal projections, so that the norm of the keys only scales them and their regression is
@@ -277,25 +268,13 @@ def source_attention(model: PreTrainedModel, layer: int, dtype: torch.dtype | No
 
 def source_attentions(model: PreTrainedModel) -> list[SourceAttention]:
     """The attention of every layer."""
-    state = dict(model.state_dict())
-    for index, layer in enumerate(decoder(model).layers):
-        attention = getattr(layer, "self_attn", None)
-        if isinstance(getattr(attention, "k_norm", None), nn.Identity):
-            state[f"model.layers.{index}.self_attn.k_norm.weight"] = torch.ones(
-                attention.k_proj.out_features if model.config.model_type == "olmo2" else attention.head_dim
-            )
     count = model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", json.loads(model.config.to_json_string(use_diff=False)))
-        write_weights(Path(folder), stored_tensors(model, torch.float32, state))
+        write_weights(Path(folder), stored_tensors(model, torch.float32))
         plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=1, layers=f"0-{count - 1}"))
         reader = TensorReader(plan.index)
-        found = [read_attention(plan, reader, layer, torch.device("cpu")) for layer in range(count)]
-    linear = [getattr(getattr(layer, "self_attn", None), "k_norm", None) for layer in decoder(model).layers]
-    return [
-        item.with_linear_keys(item.k_weight, item.k_bias) if isinstance(norm, nn.Identity) else item
-        for item, norm in zip(found, linear, strict=True)
-    ]
+        return [read_attention(plan, reader, layer, torch.device("cpu")) for layer in range(count)]
 
 
 def random_attention(

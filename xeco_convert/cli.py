@@ -386,6 +386,7 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
                 plan.layers, plan.source_kv_numbers_per_token(), plan.kv_numbers_per_token(), strict=True
             )
         ],
+        "exact_keys": dict(zip(("parameters", "multiplications_per_token"), plan.exact_key_cost(), strict=True)),
         "weights_bytes": sum(header.num_bytes for header in headers),
         "num_tensors": len(headers),
         "dropped": list(plan.dropped),
@@ -417,6 +418,13 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
             f"the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
         )
     bound = "" if plan.ranks_are_final else "at most "
+    parameters, products = plan.exact_key_cost()
+    if parameters:
+        lines.append(
+            f"normalised keys stay exact, computed by the source's own projections and norm before they become latents: {bound}"
+            f"{parameters:,} parameters and {products:,} multiplications for each token written more than linear keys "
+            "(--qk-norm regression)"
+        )
     lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
     if after >= before:
         lines.append("note: this is no smaller than the source's cache; choose a smaller size")

@@ -176,7 +176,7 @@ class _Conversion:
             parameters_before=num_parameters(list(plan.index.headers.values())),
             parameters_after=num_parameters(headers),
             dropped=plan.dropped,
-            summary=summary,
+            summary={**summary, **_exact_keys(plan)},
         )
 
     def _write_companions(self, writer: CheckpointWriter) -> None:
@@ -194,6 +194,12 @@ class _Conversion:
         named = dataclasses.replace(report, source=index.hub_id or index.folder.name)
         writer.write_text(PAGE_FILE, report_page(named))
         writer.write_text("README.md", model_card(self._plan, report))
+
+
+def _exact_keys(plan: ConversionPlan) -> dict[str, Any]:
+    """What exact keys behind a norm cost, for the report; nothing where there are none."""
+    parameters, products = plan.exact_key_cost()
+    return {"exact_keys": {"parameters": parameters, "multiplications_per_token": products}} if parameters else {}
 
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:

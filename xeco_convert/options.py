@@ -11,6 +11,7 @@ from xeco_convert.errors import OptionError
 
 INITS = ("calibrated", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
+QK_NORMS = ("exact", "regression")
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -73,6 +74,12 @@ class ConvertOptions:
     refine_minutes: float | None = _option(
         "With --refine: stop starting layers' regressions after this time.", metavar="M"
     )
+    qk_norm: str = _option(
+        "Keys behind a norm (Qwen3, OLMo 2, Gemma 3): exact, computed by the source's own projections and norm before they "
+        "become latents; or regression, linear keys in their place, for a plain kv_a projection.",
+        "exact",
+        choices=QK_NORMS,
+    )
     work_dir: str | None = _option(
         "Keep calibration results here, and continue from them after an interruption.", metavar="DIR"
     )
@@ -86,6 +93,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         _require(self.init in INITS, "--init", f"one of {', '.join(INITS)}", self.init)
+        _require(self.qk_norm in QK_NORMS, "--qk-norm", f"one of {', '.join(QK_NORMS)}", self.qk_norm)
         _require(self.dtype is None or self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         for flag, value in (("--rank", self.rank), ("--nope-dim", self.nope_dim), ("--q-rank", self.q_rank)):
             least = 0 if flag == "--nope-dim" else 1

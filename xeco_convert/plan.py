@@ -103,6 +103,22 @@ class ConversionPlan:
         text, and no conversion changes it."""
         return [0 if plan.window is not None else self.geometry.cache_width for plan in self.layers]
 
+    def exact_key_cost(self) -> tuple[int, int]:
+        """What keys behind their norm cost beside a plain projection to the latent: parameters more (the source's k_proj,
+        k_norm and v_proj, less what a projection from the input would have), and multiplications more for each token written."""
+        parameters = products = 0
+        for item in self.layers:
+            if item.shape is not None and item.shape.k_norm is not None:
+                own, plain = item.shape.tensors(), dataclasses.replace(item.shape, k_norm=None).tensors()
+                sizes = [
+                    {name: math.prod(size) for name, size in tensors.items() if name.endswith(".weight")}
+                    for tensors in (own, plain)
+                ]
+                parameters += sum(sizes[0].values()) - sum(sizes[1].values())
+                matrices = [{n: s for n, s in one.items() if "norm" not in n} for one in sizes]
+                products += sum(matrices[0].values()) - sum(matrices[1].values())
+        return parameters, products
+
     @property
     def kept_windows(self) -> tuple[int, ...]:
         """Layers that keep their attention because of its sliding window."""
@@ -153,7 +169,7 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
     source = open_source(index)
     index, family, geometry, kinds = source.index, source.family, source.geometry, source.kinds
     chosen = _chosen_layers(options, geometry, kinds)
-    biases = _biases(index, family, options)
+    biases = _biases(source, options)
     if options.portable:
         _check_portable(source, biases, chosen)
     if options.init == "paper":
@@ -250,7 +266,7 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
     """Widths of a converted layer; the rank is an upper bound where a policy chooses it."""
     geometry = source.geometry
     dim, calibrated = geometry.head_dim, options.init == "calibrated"
-    full_rank = min(geometry.cache_width, geometry.hidden_size)
+    full_rank = full_rank_of(source, options)
     rotary_dim = kind.rotary_dim or dim  # a NoPE layer takes part in no check of the rotary width
     most_rope = geometry.num_key_value_heads * rotary_dim if calibrated and not options.portable else rotary_dim
     full_q_rank = min(geometry.num_attention_heads * dim, geometry.hidden_size)
@@ -274,16 +290,29 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
         latent_norm=options.has_latent_norm,
         rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
-        q_norm=_query_norm(source),
+        q_norm=_norm_of(source, "q_norm"),
+        k_norm=_norm_of(source, "k_norm") if keeps_key_norm(source, options) else None,
         logit_softcap=source.logit_softcap,
+        num_key_value_heads=geometry.num_key_value_heads if keeps_key_norm(source, options) else 0,
     )
 
 
-def _query_norm(source: SourceModel) -> str | None:
-    """How the source normalises queries, told by the width of the norm's weight."""
-    if "q_norm" not in source.family.attention:
+def keeps_key_norm(source: SourceModel, options: ConvertOptions) -> bool:
+    """Whether converted layers compute the source's normalised keys before they become latents."""
+    return source.family.has_key_norm and options.qk_norm == "exact"
+
+
+def full_rank_of(source: SourceModel, options: ConvertOptions) -> int:
+    """The rank at which a latent holds all keys and values; those that are linear in the input have no more directions."""
+    width, hidden = source.geometry.cache_width, source.geometry.hidden_size
+    return width if keeps_key_norm(source, options) else min(width, hidden)
+
+
+def _norm_of(source: SourceModel, which: str) -> str | None:
+    """How the source normalises queries or keys, told by the width of the norm's weight."""
+    if which not in source.family.attention:
         return None
-    width = source.index.headers[f"{source.family.attention['q_norm'].format(layer=0)}.weight"].shape[0]
+    width = source.index.headers[f"{source.family.attention[which].format(layer=0)}.weight"].shape[0]
     return "head" if width == source.geometry.head_dim else "all"
 
 
@@ -294,15 +323,19 @@ def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:
         )
 
 
-def _biases(index: CheckpointIndex, family: FamilySpec, options: ConvertOptions) -> tuple[str, ...]:
+def _biases(source: SourceModel, options: ConvertOptions) -> tuple[str, ...]:
     """Projections of the converted layer that have a bias, given those of the source's first layer."""
+    index, attention = source.index, source.family.attention
     present = {
-        which: f"{family.attention.get(which, family.attention.get(FUSED, '')).format(layer=0)}.bias" in index.headers
+        which: f"{attention.get(which, attention.get(FUSED, '')).format(layer=0)}.bias" in index.headers
         for which in PROJECTIONS
     }
     # the calibrated latent carries the biases of keys and values itself; the published one adds them after expansion
-    key_value = () if not present["k_proj"] else ("kv_a",) if options.init == "calibrated" else ("kv_a", "kv_b")
-    return (("q",) if present["q_proj"] else ()) + key_value + (("o",) if present["o_proj"] else ())
+    key_value: tuple[str, ...] = ("kv_a",) if options.init == "calibrated" else ("kv_a", "kv_b")
+    if keeps_key_norm(source, options):
+        key_value = ("k", "v")
+    query, out = (("q",) if present["q_proj"] else ()), (("o",) if present["o_proj"] else ())
+    return query + (key_value if present["k_proj"] else ()) + out
 
 
 def _stored_as(header: TensorHeader, options: ConvertOptions) -> TensorHeader:

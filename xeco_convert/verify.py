@@ -56,8 +56,8 @@ class LayerChecker:
     def check(self, layer: int, source: SourceAttention, factors: MlaAttention, shape: MlaShape) -> tuple[float, float]:
         """Relative output errors of (the exact form, the converted factors) of one layer, in float32 on the CPU.
 
-        Where the source normalises its keys, `source` holds the linear keys that stand for them, and both are compared with
-        the source's attention on these keys: what the keys themselves lose is in the report.
+        Where linear keys stand for normalised ones (--qk-norm regression), `source` holds them, and both are compared with the
+        source's attention on these keys: what the keys themselves lose is in the report.
         Raises `VerificationError` where the exact form is not exact.
         """
         inputs = self._inputs(source, seed=layer)
@@ -92,13 +92,13 @@ class LayerChecker:
         return output  # type: ignore[no-any-return]
 
     def _source_module(self, layer: int, source: SourceAttention) -> nn.Module:
-        """The source's own module with its stored weights; its norm of the keys replaced by the linear keys of `source`."""
+        """The source's own module with its stored weights; its norm of the keys left out where `source` has linear keys."""
         skeleton = getattr(self._model.layers[layer], self._plan.family.module)
         module: Any = type(skeleton)(self._config, layer).eval()
         prefix = self._plan.module_name(layer)
         names = list(module.state_dict())
         module.load_state_dict({name: self._reader.read(f"{prefix}.{name}", dtype=torch.float32) for name in names})
-        if self._plan.family.has_key_norm:
+        if self._plan.family.has_key_norm and source.k_norm_weight is None:
             module.k_norm = nn.Identity()
             module.k_proj.weight.data.copy_(source.k_weight.float().cpu())
             if source.k_bias is not None and module.k_proj.bias is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VARIANTS, source_attentions, source_model, with_linear_keys
+from builders import VARIANTS, source_attentions, source_model
 from torch import Tensor
 
 from xeco_convert.errors import CheckpointError
@@ -16,25 +16,29 @@ from xeco_convert.factorize.attention import exact_factors, exact_shape
 from xeco_convert.factorize.shapes import FIELDS, MlaShape
 from xeco_convert.modeling import family_config_class, family_model_class
 
-BIASES = ((), ("q",), ("kv_a",), ("q", "kv_a", "kv_b", "o"))
+BIASES = ((), ("q",), ("kv_a",), ("q", "kv_a", "kv_b", "o"), ("q", "k", "v", "o"))
 ROPES = ((6, (0, 2, 1)), (6, None), (0, ()), (0, None))  # own columns, own frequencies, none
 
 
 def kinds() -> list[MlaShape]:
     """Every combination of what a layer may have or not."""
     sizes = {"num_attention_heads": 2, "hidden_size": 16, "kv_lora_rank": 5, "qk_nope_head_dim": 4, "v_head_dim": 3}
-    choices = itertools.product((None, 7), (False, True), (None, "head", "all"), BIASES, ROPES)
+    norms = (None, "head", "all")
+    choices = itertools.product((None, 7), (False, True), norms, norms, BIASES, ROPES)
     return [
         MlaShape(
             **sizes,
             q_lora_rank=q_rank,
             latent_norm=latent_norm,
             q_norm=q_norm,
+            k_norm=k_norm,
+            num_key_value_heads=0 if k_norm is None else 2,
             biases=biases,
             qk_rope_head_dim=rope_dim,
             rope_index=rope_index,
         )
-        for q_rank, latent_norm, q_norm, biases, (rope_dim, rope_index) in choices
+        for q_rank, latent_norm, q_norm, k_norm, biases, (rope_dim, rope_index) in choices
+        if (k_norm is None) != bool({"k", "v"} & set(biases)) or not biases
     ]
 
 
@@ -58,7 +62,7 @@ def test_every_combination_comes_back_bit_for_bit_in_its_order() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_layers_of_every_family_come_back_bit_for_bit(variant: str) -> None:
-    for source in source_attentions(with_linear_keys(source_model(variant))):
+    for source in source_attentions(source_model(variant)):
         layer, shape = exact_factors(source), exact_shape(source)
         again = MlaAttention.from_state_dict(layer.state_dict(), shape, variant)
         assert again.tensors().keys() == layer.tensors().keys() and again.rope_index == layer.rope_index

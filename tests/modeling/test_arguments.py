@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VARIANTS, exact_model, random_ids, source_model, with_linear_keys
+from builders import VARIANTS, exact_model, random_ids, source_model
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
@@ -66,7 +66,7 @@ def call(attention: LatentSelfAttention, tokens: int = 5, **named: Any) -> torch
 @pytest.fixture(scope="module", params=VARIANTS)
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """The exact form of every kind of source."""
-    return exact_model(with_linear_keys(source_model(request.param)))
+    return exact_model(source_model(request.param))
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)

@@ -16,7 +16,6 @@ from builders import (
     random_ids,
     save_exact_checkpoint,
     source_model,
-    with_linear_keys,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -45,14 +44,14 @@ def step_by_step(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch
 
 @pytest.mark.parametrize(("variant", "rope"), CASES)
 def test_exact_form_gives_the_logits_of_the_source(variant: str, rope: str) -> None:
-    source = with_linear_keys(source_model(variant, rope))
+    source = source_model(variant, rope)
     ids = random_ids(2, LENGTH)
     assert difference(exact_model(source)(ids).logits, source(ids).logits) < TOLERANCE
 
 
 @pytest.mark.parametrize(("variant", "rope"), CASES)
 def test_exact_form_gives_the_logits_of_the_source_with_a_cache(variant: str, rope: str) -> None:
-    source = with_linear_keys(source_model(variant, rope))
+    source = source_model(variant, rope)
     ids = random_ids(1, ORIGINAL_LENGTH + 6)
     expected = step_by_step(source, ids, ORIGINAL_LENGTH - 3)
     assert difference(step_by_step(exact_model(source), ids, ORIGINAL_LENGTH - 3), expected) < TOLERANCE

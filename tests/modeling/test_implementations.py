@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import exact_model, random_ids, source_model, with_linear_keys
+from builders import exact_model, random_ids, source_model
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -306,7 +306,7 @@ def test_quantised_weights_are_only_multiplied_by(
 ) -> None:
     """torchao keeps nn.Linear and changes the type of its weight, of which rows cannot be taken."""
     force(None)
-    plain = model_of(kind) if kind == "llama" else exact_model(with_linear_keys(source_model(kind)))
+    plain = model_of(kind) if kind == "llama" else exact_model(source_model(kind))
     quantised, ids = with_weights_of_their_own_type(plain), random_ids(2, 12)
     expected = plain(ids).logits
     assert (quantised(ids).logits - expected).abs().max() / expected.std() < TOLERANCE
@@ -316,7 +316,7 @@ def test_quantised_weights_are_only_multiplied_by(
 
 
 def test_lora_of_every_projection_reaches_the_heads_behind_a_norm() -> None:
-    model = exact_model(with_linear_keys(source_model("qwen3")))
+    model = exact_model(source_model("qwen3"))
     torch.manual_seed(0)
     settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted, ids = get_peft_model(copy.deepcopy(model), settings).eval(), random_ids(2, 12)

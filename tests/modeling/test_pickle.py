@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import exact_model, random_ids, source_model, with_linear_keys
+from builders import exact_model, random_ids, source_model
 from transformers import PreTrainedModel
 
 VARIANTS = ["llama", "gemma2", "gemma3", "gpt_neox", "smollm3", "qwen3_moe", "phi3"]
@@ -28,7 +28,7 @@ print(type(model).__name__)
 
 
 def made(variant: str) -> PreTrainedModel:
-    return exact_model(with_linear_keys(source_model(variant)))
+    return exact_model(source_model(variant))
 
 
 def through_pickle(model: PreTrainedModel) -> PreTrainedModel:

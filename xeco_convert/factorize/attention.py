@@ -58,9 +58,12 @@ class SourceAttention:
     @property
     def q_norm(self) -> str | None:
         """How queries are normalised: "head", "all" rows together, or not at all."""
-        if self.q_norm_weight is None:
-            return None
-        return "head" if self.q_norm_weight.numel() == self.head_dim else "all"
+        return _kind_of_norm(self.q_norm_weight, self.head_dim)
+
+    @property
+    def k_norm(self) -> str | None:
+        """How keys are normalised: "head", "all" rows together, or not at all."""
+        return _kind_of_norm(self.k_norm_weight, self.head_dim)
 
     def with_linear_keys(self, k_weight: Tensor, k_bias: Tensor | None) -> SourceAttention:
         """The layer with keys k_weight·x + k_bias in place of its normalised ones (docs/conversion.md)."""
@@ -78,7 +81,9 @@ class MlaAttention:
     its rotary rows. kv_a_weight [R+P, hidden]: latent, then shared rotary key. kv_b_weight [H·(N+V), R]: each head's key
     rows, then its value rows. o_weight [hidden, H·V]. Rotary rows are half-split (pair j is rows j and j + P/2).
     With a norm of the queries, q_weight (or q_b_weight) has N rows for each head, q_norm_weight is [N] or [H·N], and
-    q_head_weight [H·(N+P), N] maps each head's normalised query to its un-rotated and rotary rows.
+    q_head_weight [H·(N+P), N] maps each head's normalised query to its un-rotated and rotary rows. With a norm of the keys,
+    k_weight and v_weight [G·V, hidden] and k_norm_weight ([V] or [G·V]) are the source's, and kv_a_weight [R+P, 2·G·V] reads
+    κ = (normalised keys, values) of all groups.
     """
 
     kv_a_weight: Tensor
@@ -94,6 +99,11 @@ class MlaAttention:
     latent_norm_weight: Tensor | None = None
     q_norm_weight: Tensor | None = None
     q_head_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    k_bias: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    v_weight: Tensor | None = None
+    v_bias: Tensor | None = None
     rope_index: tuple[int, ...] | None = None
 
     @property
@@ -146,7 +156,8 @@ class MlaAttention:
         query = query if self.q_head_weight is None else self.q_head_weight
         assert query is not None
         nope_dim = query.shape[0] // num_attention_heads - qk_rope_head_dim
-        named = {"q": self.q_bias, "kv_a": self.kv_a_bias, "kv_b": self.kv_b_bias, "o": self.o_bias}
+        named = {"q": self.q_bias, "k": self.k_bias, "v": self.v_bias}
+        named |= {"kv_a": self.kv_a_bias, "kv_b": self.kv_b_bias, "o": self.o_bias}
         return MlaShape(
             num_attention_heads=num_attention_heads,
             hidden_size=self.o_weight.shape[0],
@@ -158,8 +169,16 @@ class MlaAttention:
             latent_norm=self.latent_norm_weight is not None,
             rope_index=self.rope_index,
             biases=tuple(name for name, bias in named.items() if bias is not None),
-            q_norm=None if self.q_norm_weight is None else "head" if self.q_norm_weight.numel() == nope_dim else "all",
+            q_norm=_kind_of_norm(self.q_norm_weight, nope_dim),
+            k_norm=_kind_of_norm(self.k_norm_weight, v_head_dim),
+            num_key_value_heads=0 if self.k_weight is None else self.k_weight.shape[0] // v_head_dim,
         )
+
+
+def _kind_of_norm(weight: Tensor | None, head_dim: int) -> str | None:
+    if weight is None:
+        return None
+    return "head" if weight.numel() == head_dim else "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +194,7 @@ class LayerErrors:
 
 def exact_shape(source: SourceAttention) -> MlaShape:
     """Shape at which MLA holds the source's attention exactly: every rotary row of every group as shared rotary key, the
-    other key rows and the values as latent. Keys must be linear (`with_linear_keys`)."""
+    other key rows and the values as latent."""
     groups, pairs = source.num_key_value_heads, source.rotated
     return MlaShape(
         num_attention_heads=source.num_attention_heads,
@@ -187,12 +206,15 @@ def exact_shape(source: SourceAttention) -> MlaShape:
         rope_index=tuple(range(pairs)) * groups,
         biases=_exact_biases(source),
         q_norm=source.q_norm,
+        k_norm=source.k_norm,
         logit_softcap=source.logit_softcap,
+        num_key_value_heads=0 if source.k_norm is None else groups,
     )
 
 
 def _exact_biases(source: SourceAttention) -> tuple[str, ...]:
-    present = {"q": source.q_bias, "kv_a": source.k_bias, "kv_b": source.v_bias, "o": source.o_bias}
+    keys, values = ("kv_a", "kv_b") if source.k_norm is None else ("k", "v")
+    present = {"q": source.q_bias, keys: source.k_bias, values: source.v_bias, "o": source.o_bias}
     return tuple(name for name, bias in present.items() if bias is not None)
 
 
@@ -201,10 +223,10 @@ def exact_factors(source: SourceAttention) -> MlaAttention:
 
     The shared rotary key holds the rotary rows of all groups side by side, each head reads its own group's part; the latent
     is the values, then the keys' rows that are not rotated. Same dtype as the source, no arithmetic on the weights: any
-    difference of outputs is rounding. Raises `ValueError` where keys are normalised, and so not linear in the input.
+    difference of outputs is rounding. Normalised keys stay the source's own, and the latent and rotary key read them.
     """
     if source.k_norm_weight is not None:
-        raise ValueError("exact_factors: expected keys that are linear in the layer's input, found a norm of the keys")
+        return _exact_behind_norm(source)
     static, k_rope = _split_keys(source.k_weight, source)
     k_bias = None
     if source.k_bias is not None:
@@ -231,6 +253,18 @@ def exact_factors(source: SourceAttention) -> MlaAttention:
         q_head_weight=head_map,
         rope_index=exact_shape(source).rope_index,
     )
+
+
+def _exact_behind_norm(source: SourceAttention) -> MlaAttention:
+    """`exact_factors` of a layer that normalises its keys: those of the identity on κ = (keys, values), behind the source's own
+    projections and norm."""
+    width = source.k_weight.shape[0]
+    eye = torch.eye(2 * width, dtype=source.k_weight.dtype, device=source.k_weight.device)
+    on_kappa = dataclasses.replace(
+        source, k_weight=eye[:width], v_weight=eye[width:], k_bias=None, v_bias=None, k_norm_weight=None
+    )
+    kept = {"k_weight": source.k_weight, "k_norm_weight": source.k_norm_weight, "v_weight": source.v_weight}
+    return dataclasses.replace(exact_factors(on_kappa), **kept, k_bias=source.k_bias, v_bias=source.v_bias)  # type: ignore[arg-type]
 
 
 def _split_keys(rows: Tensor, source: SourceAttention) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,6 @@ class CalibratedLayer:
         maps = torch.cat([encode[:kv_lora_rank], rope_rows])
         repeats = source.heads_per_group
         up = torch.cat([up_keys[..., :kv_lora_rank], up_values[..., :kv_lora_rank]], dim=1)
-        joint_weight = torch.cat([source.k_weight, source.v_weight]).double()
         q_weight, q_bias, q_head = self._queries(self._query_maps(qk_rope_head_dim))
         q_a, q_b = None, None
         if q_lora_rank is not None:
@@ -83,7 +82,7 @@ class CalibratedLayer:
             q_weight=q_weight if q_a is None else None,
             q_a_weight=q_a,
             q_b_weight=q_b,
-            kv_a_weight=maps @ joint_weight,
+            kv_a_weight=self._on_inputs(maps),
             kv_b_weight=up.repeat_interleave(repeats, dim=0).reshape(-1, kv_lora_rank),
             o_weight=source.o_weight.double(),
             q_bias=q_bias,
@@ -93,7 +92,22 @@ class CalibratedLayer:
             o_bias=None if source.o_bias is None else source.o_bias.double(),
             latent_norm_weight=rms.expand(kv_lora_rank).clone() if latent_norm else None,
             rope_index=tuple(self._components.frequency[:pairs].tolist()),
+            **self._kept_projections(),
         )
+
+    def _on_inputs(self, maps: Tensor) -> Tensor:
+        """Maps of κ as maps of what the converted layer computes them from: its input, or κ itself behind a norm of the keys."""
+        if self._source.k_norm_weight is not None:
+            return maps
+        return maps @ torch.cat([self._source.k_weight, self._source.v_weight]).double()
+
+    def _kept_projections(self) -> dict[str, Tensor]:
+        """The source's projections to κ where it normalises keys, float64; else they are in kv_a."""
+        if self._source.k_norm_weight is None:
+            return {}
+        names = ("k_weight", "k_bias", "k_norm_weight", "v_weight", "v_bias")
+        found = {name: getattr(self._source, name) for name in names}
+        return {name: tensor.double() for name, tensor in found.items() if tensor is not None}
 
     def expected_error(self, kv_lora_rank: int, qk_rope_head_dim: int) -> float:
         """Expected squared output error of these widths, relative to what the heads put out.
@@ -140,8 +154,8 @@ class CalibratedLayer:
 
     def _joint_bias(self, maps: Tensor) -> Tensor | None:
         source = self._source
-        if source.k_bias is None or source.v_bias is None:
-            return None
+        if source.k_norm_weight is not None or source.k_bias is None or source.v_bias is None:
+            return None  # behind a norm of the keys, the biases are in κ
         return maps @ torch.cat([source.k_bias, source.v_bias]).double()
 
     def _latent(self, qk_rope_head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

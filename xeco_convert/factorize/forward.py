@@ -137,11 +137,23 @@ def mla_compressed(
     """Latents [W, T, R] (behind the latent norm), the shared rotary key [W, T, P] before rotation, and the layer's own
     columns of cos and sin [1 or W, T, P]."""
     rope = mla.qk_rope_head_dim
-    compressed = functional.linear(x_WTX, mla.kv_a_weight, mla.kv_a_bias)
+    compressed = functional.linear(latent_inputs(mla, x_WTX, context), mla.kv_a_weight, mla.kv_a_bias)
     c_kv, k_rope = compressed.split([compressed.shape[-1] - rope, rope], dim=-1)
     if mla.latent_norm_weight is not None:
         c_kv = functional.rms_norm(c_kv, c_kv.shape[-1:], mla.latent_norm_weight, context.norm_eps)
     return c_kv, k_rope, *context.mla_tables(mla)
+
+
+def latent_inputs(mla: MlaAttention, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """What the latent and the rotary key are linear in: the layer's input [..., X], or where the source normalises its keys
+    κ = (normalised keys, values) of all groups [..., 2·G·d]. Any other map of the input that is not linear belongs here."""
+    if mla.k_weight is None or mla.v_weight is None:
+        return x_WTX
+    assert mla.k_norm_weight is not None
+    rows = functional.linear(x_WTX, mla.k_weight, mla.k_bias)
+    # a norm over all rows is that of one head as wide as they are
+    keys = normalised(rows, mla.k_norm_weight, context.norm_eps, mla.k_norm_weight.numel())
+    return torch.cat([keys.flatten(-2), functional.linear(x_WTX, mla.v_weight, mla.v_bias)], dim=-1)
 
 
 def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:

@@ -58,10 +58,10 @@ class LayerStatistics:
 
         Keys and values are linear in the inputs, so their second moments W Σ_x Wᵀ (bias included) have the rank of W unless
         the tokens leave directions of the inputs out. Those would come in no order and with no weight: the ridge adds inputs
-        of a millionth of the mean variance in all directions, as if Σ_x had it on its diagonal.
+        of a millionth of the mean variance in all directions, as if Σ_x had it on its diagonal. Normalised keys take part as
+        the linear ones behind their norm at its mean scale, each norm by itself.
         """
-        joint = torch.cat([_with_bias(source.k_weight, source.k_bias), _with_bias(source.v_weight, source.v_bias)])
-        gram = joint @ joint.T
+        gram = _key_value_gram(source)
         gains, vectors = torch.linalg.eigh(gram)
         there = gains > _UNSEEN * gains[-1].clamp_min(1e-300)
         white = vectors[:, there] / gains[there].sqrt()
@@ -84,6 +84,23 @@ class LayerStatistics:
             directions=directions,
             unseen=unseen,
         )
+
+
+def _key_value_gram(source: SourceAttention) -> Tensor:
+    """W Wᵀ [2Gd, 2Gd] of the map from (x, 1) to κ, float64."""
+    keys, values = _with_bias(source.k_weight, source.k_bias), _with_bias(source.v_weight, source.v_bias)
+    if source.k_norm_weight is None:
+        joint = torch.cat([keys, values])
+        return joint @ joint.T
+    # tokens scale the keys behind each norm differently, so that they vary apart from each other and from the values
+    width = source.k_norm_weight.numel()
+    behind = keys.unflatten(0, (-1, width))
+    scale = (
+        source.k_norm_weight.double() / behind.square().sum(dim=2).mean(dim=1, keepdim=True).clamp_min(1e-300).sqrt()
+    )
+    behind = behind * scale[..., None]
+    gram: Tensor = torch.block_diag(*(behind @ behind.transpose(1, 2)), values @ values.T)
+    return gram
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,13 +28,13 @@ from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.balance import balance_for_storage
 from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.forward import latent_inputs, mla_output, source_output
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 from xeco_convert.factorize.linear_keys import KeyRegression
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 from xeco_convert.inits.base import ConvertedLayer, Progress, read_attention
-from xeco_convert.plan import ConversionPlan
+from xeco_convert.plan import ConversionPlan, full_rank_of
 from xeco_convert.ranks import energy_ranks
 from xeco_convert.ranks.budget import Widths, candidate_widths, full_splits, same_widths, split_budget
 from xeco_convert.refine import LayerRefinement, RefineOptions
@@ -148,7 +148,7 @@ class CalibratedInitialisation:
         budget, multiple = plan.kv_budget, plan.rank_multiple
         assert budget is not None
         average = budget / len(plan.converted_layers)
-        full_rank = min(geometry.cache_width, geometry.hidden_size)
+        full_rank = full_rank_of(plan.source, plan.options)
         rotated = max(item.kind.rotary_dim for item in plan.layers if item.shape is not None)
         most_rope = rotated if plan.options.portable else geometry.num_key_value_heads * rotated
         if plan.options.portable:
@@ -223,7 +223,7 @@ class CalibratedInitialisation:
     @torch.no_grad()
     def _with_linear_keys(self, view: LayerView, source: SourceAttention) -> tuple[SourceAttention, dict[str, Any]]:
         """The layer as the closed form takes it, and what its keys lost by that; itself where its keys are linear already."""
-        if source.k_norm_weight is None:
+        if source.k_norm_weight is None or self._plan.options.qk_norm == "exact":
             return source, {}
         name = f"keys-{view.number}"
         kept = self._measurements.load(name)
@@ -325,7 +325,8 @@ class CalibratedInitialisation:
         latents = []
         for part in view.batches(view.inputs[: self._num_calibrated]):
             counted = view.normed(view.inputs[part])[view.counts[part]]
-            latents.append(functional.linear(counted, factors.kv_a_weight[:rank], bias))
+            inputs = latent_inputs(factors, counted, view.context())
+            latents.append(functional.linear(inputs, factors.kv_a_weight[:rank], bias))
         basis = steady_basis(torch.cat(latents), seed=self._plan.options.seed)
         details = {"latent_norm_variation": basis.variation, "latent_norm_variation_before": basis.before}
         return with_steady_basis(factors, basis), details

@@ -54,8 +54,9 @@ _ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "q_lora_rank": lambda value: value is None or _whole(value, 1),
     "latent_norm": lambda value: isinstance(value, bool),
     "rope_index": lambda value: value is None or _list_of(value, lambda item: _whole(item, 0)),
-    "biases": lambda value: _list_of(value, lambda item: item in ("q", "kv_a", "kv_b", "o")),
+    "biases": lambda value: _list_of(value, lambda item: item in ("q", "k", "v", "kv_a", "kv_b", "o")),
     "q_norm": lambda value: value in (None, "head", "all"),
+    "k_norm": lambda value: value in (None, "head", "all"),
     "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
 }
 
@@ -72,7 +73,9 @@ class MlaLayer:
     `rope_index` says which source frequency each rotary pair uses; None stands for fresh frequencies of the source's
     rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or
     "all" where queries are normalised behind q_proj (each head, or all rows together); q_head_proj then maps each head to
-    its un-rotated and rotary rows. `logit_softcap` bounds the scores. A layer without rotation has qk_rope_head_dim 0.
+    its un-rotated and rotary rows. `k_norm`, the same of the keys: the source's k_proj, k_norm and v_proj stay (`biases` may
+    name k and v), and kv_a_proj_with_mqa reads what they give. `logit_softcap` bounds the scores. A layer without rotation
+    has qk_rope_head_dim 0.
     """
 
     kv_lora_rank: int
@@ -84,6 +87,7 @@ class MlaLayer:
     rope_index: tuple[int, ...] | None = None
     biases: tuple[str, ...] = ()
     q_norm: str | None = None
+    k_norm: str | None = None
     logit_softcap: float | None = None
 
     @classmethod

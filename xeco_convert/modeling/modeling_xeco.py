@@ -83,6 +83,7 @@ class LatentSelfAttention(nn.Module):
         head_width = layer.qk_nope_head_dim + layer.qk_rope_head_dim
         eps = getattr(config, "rms_norm_eps", None) or config.layer_norm_eps
         self.q_norm: nn.Module | None = None
+        self.k_norm: nn.RMSNorm | None = None
         if layer.q_norm is not None:
             width = layer.qk_nope_head_dim * (heads if layer.q_norm == "all" else 1)
             self.q_norm, self.q_norm_of_all = nn.RMSNorm(width, eps=eps), layer.q_norm == "all"
@@ -95,11 +96,20 @@ class LatentSelfAttention(nn.Module):
         else:
             self.q_a_proj = nn.Linear(hidden, layer.q_lora_rank, bias=False)
             self.q_b_proj = nn.Linear(layer.q_lora_rank, query_width, bias="q" in layer.biases)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, layer.cache_width, bias="kv_a" in layer.biases)
+        read = hidden if layer.k_norm is None else self._build_kept_keys(config, layer, eps)
+        self.kv_a_proj_with_mqa = nn.Linear(read, layer.cache_width, bias="kv_a" in layer.biases)
         self.kv_a_layernorm = nn.RMSNorm(layer.kv_lora_rank, eps=eps) if layer.latent_norm else None
         width = heads * (layer.qk_nope_head_dim + layer.v_head_dim)
         self.kv_b_proj = nn.Linear(layer.kv_lora_rank, width, bias="kv_b" in layer.biases)
         self.o_proj = nn.Linear(heads * layer.v_head_dim, hidden, bias="o" in layer.biases)
+
+    def _build_kept_keys(self, config: Any, layer: MlaLayer, eps: float) -> int:
+        """The source's projections of keys and values and its norm of the keys; returns the width of what they give together."""
+        width = config.num_key_value_heads * layer.v_head_dim
+        self.k_proj = nn.Linear(config.hidden_size, width, bias="k" in layer.biases)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias="v" in layer.biases)
+        self.k_norm = nn.RMSNorm(width if layer.k_norm == "all" else layer.v_head_dim, eps=eps)
+        return 2 * width
 
     def _build_rotation(self, config: Any, rotary_class: type[nn.Module]) -> None:
         """A rotary module of this layer's own width where it does not use columns of the source's cos and sin tables."""
@@ -193,8 +203,17 @@ class LatentSelfAttention(nn.Module):
 
     def _latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, Q, R] and shared rotary key [B, Q, P], not yet rotated."""
-        c_kv, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        inputs = hidden_states if self.k_norm is None else self._keys_and_values(hidden_states)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(inputs).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return c_kv if self.kv_a_layernorm is None else self.kv_a_layernorm(c_kv), k_rope
+
+    def _keys_and_values(self, hidden_states: Tensor) -> Tensor:
+        """What latent and rotary key are linear in where the source normalises its keys [B, Q, 2·G·V]: its normalised keys of
+        all groups, not rotated, then its values. Another map that is not linear in the input would go here."""
+        assert self.k_norm is not None
+        # a norm over all rows is that of one head as wide as they are
+        heads = self.k_proj(hidden_states).unflatten(-1, (-1, self.k_norm.weight.numel()))
+        return torch.cat([self.k_norm(heads).flatten(-2), self.v_proj(hidden_states)], dim=-1)
 
     def _attend(
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, needs_weights: bool
