@@ -23,7 +23,7 @@ from xeco_convert.ops.latent_attention import visible_tokens
 
 # What errors may be over what is predicted: the root mean square of a result, and its worst number.
 # Seen on an AMD EPYC (Zen 5, AVX-512 BF16), over all tests of the ops and all levels: up to 1.09, and 3.3. A level sums in one
-# order on whatever processor, so that an Intel Xeon has the same ratios; its BLAS differs, and nothing is compared with it.
+# order on whatever processor, so the same is expected of an Intel Xeon (not measured); BLAS differs, and takes no part.
 MOST, WORST = 2.0, 8.0
 
 SINGLE = torch.finfo(torch.float32).eps ** 2 / 12
