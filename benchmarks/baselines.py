@@ -4,7 +4,7 @@
 across the key/value groups gives one rotary pair of the shared key (evenly spaced frequencies where there are fewer slots);
 what that leaves of the keys goes un-rotated, and keys and values together through one SVD. Nothing is measured.
 
-`transmla`: TransMLA's method (arXiv 2502.07864), as shared/design/conversion.md describes it: the same with second moments of
+`transmla`: TransMLA's method (arXiv 2502.07864), written from its description: the same with second moments of
 the activations on the calibration text, and keys and values balanced by their norms before the joint principal component
 analysis. Where there are fewer slots than frequencies, adjacent frequencies are folded: they share a slot, which turns at
 the fastest of them. `attended` weights tokens by the attention that they receive, as the design's second table does; it is

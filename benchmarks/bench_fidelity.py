@@ -82,7 +82,7 @@ def _pairs(**baselines: str) -> dict[str, str]:
     return {"paper": baselines["paper"], **dict.fromkeys(BASELINES, baselines["others"])}
 
 
-# ../shared/design/conversion.md; paths are relative to the shared folder.
+# Expected figures are those of a prototype written before this package; paths are relative to the folder of real checkpoints.
 PRESETS = {
     "stories260k": Preset(
         checkpoint="checkpoints/stories260k",
