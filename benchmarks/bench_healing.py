@@ -39,9 +39,9 @@ from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss
 
 MARKS = (24_576, 49_152, 98_304, 196_608)
-# A prototype written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch, AdamW 2e-3. What it does not say
-# (batch, schedule, what trains) was found by trying: attention alone, 32 sequences a step, cosine. `paper` is the published
-# method that must be met; TransMLA's has choices of its own that its description leaves open.
+# A prototype written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch, AdamW 2e-3. What is not
+# known of it (batch, schedule, what trains) was found by trying: attention alone, 32 sequences a step, cosine. `paper` is the
+# published method that must be met; TransMLA's has choices of its own that its description leaves open.
 DESIGN = {
     ("37.5%", "paper"): (191.9, 49.8, 38.5, 28.9, 25.9),
     ("37.5%", "transmla"): (10.5, 6.4, 5.3, 4.7, 4.5),

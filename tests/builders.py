@@ -133,7 +133,7 @@ def source_config(variant: str, rope: str = "default", *, old_style: bool = Fals
 def source_model(variant: str = "llama", rope: str = "default", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A source model in float32 with random weights, biases and norms; `changes` are fields of its configuration."""
     config = source_config(variant, rope, **changes)
-    attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    attention = "eager" if config["model_type"] == "gemma2" else "sdpa"  # the only one that caps scores
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention).eval()
     randomise(model, seed)
     return model

@@ -65,7 +65,8 @@ def convert(
     index = CheckpointIndex.open(source, options.revision)
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     plan = make_plan(index, options)
-    with prepared_companions(index, {**index.config, **model_identity(plan.family)}) as companions:
+    # widths may still change, by which no tokenizer is chosen
+    with prepared_companions(index, output_config(plan)) as companions:
         run = _Conversion(plan, device, on_progress or (lambda what, share: None), companions)
         report = run.write(Path(output))
     return dataclasses.replace(

@@ -81,8 +81,9 @@ class SourceModel:
     def runnable_config(self) -> Any:
         """The configuration for running layers in float32, with an implementation of attention that computes all of it."""
         config = plain_outputs(deepcopy(self.config))
-        # transformers' fused attention leaves the cap out without a word
-        config._attn_implementation = "sdpa" if self.logit_softcap is None else "eager"
+        # transformers' fused attention leaves the cap out without a word, or is not there for a class
+        fused = self.logit_softcap is None and getattr(self.skeleton, "_supports_sdpa", False)
+        config._attn_implementation = "sdpa" if fused else "eager"
         config.dtype = torch.float32
         return config
 

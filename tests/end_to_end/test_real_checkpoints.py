@@ -62,8 +62,9 @@ def test_the_table_shows_every_layer_and_the_sizes(stories_converted: Converted)
     assert [row[:3] for row in rows] == [[str(layer), "24", "8"] for layer in range(5)]
     assert all(row[5:7] == ["256", "128"] for row in rows)
     assert lines[6] == "KV cache: 1280 -> 640 bytes per token (50.0%)"
-    assert lines[7].startswith("parameters: 260,032 -> ")
-    assert "written in" in lines[8] and "peak memory" in lines[8]
+    assert lines[7].startswith("path to the logits, attention set aside: differs by 0.0000")
+    assert lines[8].startswith("parameters: 260,032 -> ")
+    assert "written in" in lines[9] and "peak memory" in lines[9]
 
 
 def test_the_plan_and_the_progress_are_on_stderr(stories_converted: Converted) -> None:

@@ -160,9 +160,11 @@ def test_what_is_not_attention_is_copied_and_all_is_verified(
     assert any("vision_tower" in name for name in kept)
     for name in kept:
         assert torch.equal(before[name], after[name]), name
-    assert any("kv_a_proj_with_mqa" in name for name in after) and not any(
-        "k_proj" in n for n in after if "language_model" in n
-    )
+    assert any("kv_a_proj_with_mqa" in name for name in after)
+    exact_keys = (
+        model_type == "gemma3"
+    )  # whose keys are normalised: its own projections of them stay in front of the latents
+    assert any("k_proj" in name for name in after if "language_model" in name) == exact_keys
     found = inspect_checkpoint(folder)
     assert found["model_type"] == f"xeco_{model_type}" and found["kv_bytes_after"] == report.kv_bytes_after
     assert found["source"]["model_type"] == model_type

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xeco_convert.families import supported_model_types
+from xeco_convert.families import WRAPPERS, supported_model_types
 
 LOAD = (
     "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(out); assert 'Xeco' in type(m).__name__"
@@ -60,7 +60,7 @@ assert not {"torch", "transformers"} & set(sys.modules), "an import of the packa
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto, tokenization_auto
 assert not any(name.startswith("xeco_convert.modeling") for name in sys.modules), "a class was made that nobody asked for"
-from xeco_convert.families import supported_model_types
+from xeco_convert.families import WRAPPERS, supported_model_types
 for source, spec in supported_model_types().items():
     config, own = AutoConfig.for_model(source), AutoConfig.for_model("xeco_" + source)
     assert type(own).__name__ == f"Xeco{spec.class_prefix}Config" and isinstance(own, type(config)), source
@@ -101,7 +101,10 @@ def test_converted_folders_load_in_every_order_of_imports(order: str, llama: Pat
 def test_every_family_is_registered_by_its_names_and_its_classes_are_made_when_asked_for() -> None:
     done = run(EVERY_FAMILY)
     assert done.returncode == 0, done.stderr
-    expected = sorted(f"Xeco{spec.class_prefix}Config" for spec in supported_model_types().values())
+    names = [spec.class_prefix for spec in supported_model_types().values()]
+    expected = sorted(
+        f"Xeco{name}Config" for name in [*names, *(f"{prefix}Multimodal" for prefix in WRAPPERS.values())]
+    )
     assert done.stdout.strip() == str(expected)
 
 

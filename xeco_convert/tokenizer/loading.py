@@ -12,6 +12,7 @@ from typing import Any
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.checkpoint.companions import tokenizer_code, tokenizer_files, tokenizer_settings
+from xeco_convert.checkpoint.index import read_json
 from xeco_convert.errors import CheckpointError, reason_of
 
 
@@ -49,8 +50,9 @@ class TokenizerPlace:
         """What it gives where nobody knows the folder's model type: this package is not installed."""
         from transformers import AutoTokenizer, PreTrainedConfig
 
+        stated = read_json(self.folder / "config.json").get("tokenizer_class")
+        config = PreTrainedConfig(tokenizer_class=stated if isinstance(stated, str) else None)
         with self.explained(), quiet():
-            config = PreTrainedConfig.from_pretrained(self.folder)
             return AutoTokenizer.from_pretrained(
                 self.folder, config=config, local_files_only=True, trust_remote_code=False
             )
