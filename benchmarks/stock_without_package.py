@@ -2,14 +2,16 @@
 
     python -I -S benchmarks/stock_without_package.py SITE_PACKAGES FOLDER IDS OUTPUT NEW_TOKENS
 
--S leaves out the .pth files of SITE_PACKAGES, by which a package installed in editable mode is found. Writes logits [B, T, V],
+SITE_PACKAGES: folders, separated as in PATH. -S leaves out their .pth files, by which a package installed in editable mode is
+found. Writes logits [B, T, V],
 greedy tokens [NEW_TOKENS] behind the first 16 of the first row, and the bytes of the cache with the tokens in it.
 """
 
 import importlib.util
+import os
 import sys
 
-sys.path.append(sys.argv[1])
+sys.path.extend(sys.argv[1].split(os.pathsep))
 if importlib.util.find_spec("xeco_convert") is not None:
     sys.exit("xeco_convert can be imported here; install it in editable mode, or give another folder of packages")
 

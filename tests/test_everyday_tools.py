@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from builders import random_ids
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, cache_utils
 
 from xeco_convert.export import export_checkpoint
 from xeco_convert.modeling import code_files
@@ -58,6 +58,9 @@ def test_trl_fine_tunes_every_weight(converted: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no cache in 8-bit floats"
+)
 def test_an_eight_bit_cache_holds_latents(converted: Path) -> None:
     """transformers' fp8 cache: one byte for each of rank + rope dim numbers, and a scale for each tensor."""
     model, ids = AutoModelForCausalLM.from_pretrained(converted).eval(), random_ids(2, 20)

@@ -83,7 +83,7 @@ def test_two_sharded_processes_train_as_one(converted_demo: Path, teacher_folder
 
 def test_torchrun_heals_with_two_processes(out: Path, tmp_path: Path, text: Path) -> None:
     command = [
-        *(str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", "29519"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519"),
         *("-m", "xeco_distill", str(out), "--data", str(text), "--device", "cpu", "--stages", "layers,kl"),
         *("--seq-length", "64", "--batch-size", "1", "--budget-tokens", "2048", "--held-out-tokens", "256"),
         *("--layer-tokens", "2048", "--layer-steps", "5", "--json", str(tmp_path / "report.json")),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
+import transformers
 from builders import random_ids
 from safetensors import safe_open
 from test_deepseek_v3 import convert
@@ -28,7 +29,9 @@ def stock_alone(
 ) -> dict[str, Any]:
     """What transformers gives for an export in a Python without site's .pth files, where an editable install is not found."""
     torch.save(ids, work / "ids.pt")
-    arguments = [site or sysconfig.get_path("purelib"), folder, work / "ids.pt", work / "out.pt", new_tokens]
+    # transformers and torch may lie apart: where another release of the first is put before the packages of an environment
+    places = dict.fromkeys(str(Path(module.__file__ or "").parents[1]) for module in (transformers, torch))
+    arguments = [site or os.pathsep.join(places), folder, work / "ids.pt", work / "out.pt", new_tokens]
     command = [sys.executable, "-I", "-S", str(_WITHOUT_THIS_PACKAGE), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
     assert done.returncode == 0, done.stderr
