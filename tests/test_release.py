@@ -86,3 +86,15 @@ def test_the_workflow_builds_without_gpu_kernels_and_checks_before_it_publishes(
                 uploads += 1
                 assert any("check_release.py" in command for command in commands[:number])
     assert uploads == 2 and "device-wheels" not in workflow["jobs"]
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """A folder that the list of packages leaves out works in a checkout, and is missing where the wheel is installed."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {"xeco_convert": ROOT / "xeco_convert", "xeco_distill": ROOT / "distill"}
+    found = {
+        ".".join((name, *file.parent.relative_to(folder).parts))
+        for name, folder in folders.items()
+        for file in folder.rglob("*.py")
+    }
+    assert set(listed) == found | {"xeco_convert.demo.model"}  # whose files are data
