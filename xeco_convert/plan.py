@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
-from xeco_convert.errors import OptionError
+from xeco_convert.errors import OptionError, UnsupportedModelError
 from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind
 from xeco_convert.families.spec import FUSED, PROJECTIONS
@@ -290,8 +290,8 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
         latent_norm=options.has_latent_norm,
         rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
-        q_norm=_norm_of(source, "q_norm"),
-        k_norm=_norm_of(source, "k_norm") if keeps_key_norm(source, options) else None,
+        q_norm=norm_of(source, "q_norm"),
+        k_norm=norm_of(source, "k_norm") if keeps_key_norm(source, options) else None,
         logit_softcap=source.logit_softcap,
         num_key_value_heads=geometry.num_key_value_heads if keeps_key_norm(source, options) else 0,
     )
@@ -308,12 +308,24 @@ def full_rank_of(source: SourceModel, options: ConvertOptions) -> int:
     return width if keeps_key_norm(source, options) else min(width, hidden)
 
 
-def _norm_of(source: SourceModel, which: str) -> str | None:
-    """How the source normalises queries or keys, told by the width of the norm's weight."""
+def norm_of(source: SourceModel, which: str) -> str | None:
+    """How the source normalises queries or keys: "head", each head by itself, or "all" rows together.
+
+    Raises `UnsupportedModelError` for another norm than an RMSNorm over one or the other.
+    """
     if which not in source.family.attention:
         return None
-    width = source.index.headers[f"{source.family.attention[which].format(layer=0)}.weight"].shape[0]
-    return "head" if width == source.geometry.head_dim else "all"
+    geometry, name = source.geometry, source.family.attention[which].format(layer=0)
+    norm = source.skeleton.get_submodule(name)
+    heads = geometry.num_attention_heads if which == "q_norm" else geometry.num_key_value_heads
+    kinds = {heads * geometry.head_dim: "all", geometry.head_dim: "head"}
+    width = norm.weight.numel()
+    if width not in kinds or not type(norm).__name__.endswith("RMSNorm"):
+        raise UnsupportedModelError(
+            f"{name}: expected an RMSNorm over a head of {geometry.head_dim} rows, or over all {heads * geometry.head_dim}, "
+            f"found {type(norm).__name__} over {width}; this version does not know such a norm."
+        )
+    return kinds[width]
 
 
 def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:

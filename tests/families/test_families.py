@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import ROPES, VARIANTS, build_checkpoint, source_config
 from transformers import AutoConfig
 
@@ -14,7 +15,7 @@ from xeco_convert.families.__main__ import table
 from xeco_convert.families.spec import refuse_quantised
 from xeco_convert.modeling.configuration_xeco import source_class
 from xeco_convert.options import ConvertOptions
-from xeco_convert.plan import make_plan
+from xeco_convert.plan import make_plan, norm_of
 from xeco_convert.pretrained import read_config
 from xeco_convert.source import open_source
 
@@ -95,6 +96,16 @@ def test_attention_that_is_not_causal_is_refused(variant: str) -> None:
     values = read_config({**source_config(variant), "use_bidirectional_attention": True}).to_dict()
     with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention is set: an encoder of text"):
         family_for({"model_type": values["model_type"]}).check_config(values)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(12), torch.nn.RMSNorm(6)], ids=["LayerNorm", "half a head"])
+def test_a_norm_of_keys_of_another_kind_is_refused_by_name(norm: torch.nn.Module, tmp_path: Path) -> None:
+    source = open_source(CheckpointIndex.open(build_checkpoint(tmp_path / "source", "qwen3")))
+    assert norm_of(source, "k_norm") == norm_of(source, "q_norm") == "head"
+    source.skeleton.get_submodule("model.layers.0.self_attn").k_norm = norm
+    sentence = rf"self_attn.k_norm: expected an RMSNorm over a head of 12 rows.*found {type(norm).__name__} over"
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        norm_of(source, "k_norm")
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
