@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "mistral_window": ("mistral_window", "default", {"rank": 12, "rope_dim": 4}),
     "qwen2_low_rank_queries": ("qwen2", "default", {"rank": 12, "rope_dim": 4, "q_rank": 20}),
     "qwen2_window": ("qwen2_window", "default", {"rank": 12, "rope_dim": 4, "nope_dim": 8}),
+    "qwen3_exact": ("qwen3_bias", "yarn", None),  # keys behind their norm
     "hybrid": ("qwen2_tied", "default", {"rank": 12, "rope_dim": 4, "layers": "0,2"}),
 }
 

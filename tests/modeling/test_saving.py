@@ -164,8 +164,9 @@ def test_checkpoints_load_where_the_package_is_missing(
         model_of(kind).save_pretrained(tmp_path / f"registered_{kind}")
         folders.append(tmp_path / f"registered_{kind}")
         kinds.append(kind)
-    folders.append(save_exact_checkpoint(tmp_path / "exact", model_of("llama_exact")))
-    kinds.append("llama_exact")
+    for kind in ("llama_exact", "qwen3_exact"):
+        folders.append(save_exact_checkpoint(tmp_path / kind, model_of(kind)))
+        kinds.append(kind)
     expected = [logits_of(model_of(kind), ids) for kind in kinds]
     first = run_remote(ids, folders, tmp_path / "first")
     for (found, copy), wanted in zip(first, expected, strict=True):
