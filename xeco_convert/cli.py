@@ -35,7 +35,7 @@ _TYPES: dict[str, Any] = {"int": int, "int | None": int, "float | None": float, 
 # A sweep makes no output and chooses the widths itself.
 _SWEEP_OPTIONS = (
     *("calibration", "calibration_tokens", "seed", "refine", "refine_steps", "refine_minutes"),
-    *("rank_multiple", "q_rank", "latent_norm", "layers", "work_dir", "device", "revision"),
+    *("rank_multiple", "q_rank", "latent_norm", "qk_norm", "layers", "work_dir", "device", "revision"),
 )
 _EPILOG = """\b
 Also:
