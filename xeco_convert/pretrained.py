@@ -42,9 +42,11 @@ def read_config(raw: Mapping[str, Any], where: str | Path = "config.json") -> An
 
 
 def _check_counts(raw: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse absurd counts: transformers' classes make something for each label, each layer."""
+    """Refuse absurd counts, in the settings of every part: transformers' classes make something for each label, each layer."""
     for name, value in raw.items():
-        if name.startswith("num_") and isinstance(value, int) and value > _MOST:
+        if isinstance(value, Mapping):
+            _check_counts(value, where)
+        elif isinstance(value, int) and value > _MOST and str(name).startswith("num_"):
             raise CheckpointError(
                 f"{where}: expected {name} to be at most {_MOST}, found {shown(value)}; take config.json from the model's own "
                 "folder."

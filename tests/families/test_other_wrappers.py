@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import source_config, write_json, write_tokenizer
-from multimodal_builders import IMAGE_TOKEN, build_wrapped
+from multimodal_builders import IMAGE_TOKEN, WRAPPED, build_wrapped, wrapped_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
@@ -16,6 +16,7 @@ import xeco_convert
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.families import WRAPPERS
+from xeco_convert.pretrained import read_config
 from xeco_convert.source import open_source
 
 FAQ = Path(__file__).resolve().parents[2] / "docs" / "faq.md"
@@ -45,6 +46,16 @@ def test_models_around_other_text_models_are_refused(model_type: str, text: str,
     write_json(folder / "config.json", {"model_type": model_type, "text_config": {"model_type": text}})
     with pytest.raises(UnsupportedModelError, match=rf"wraps a text model \('{text}'\), which is no supported family"):
         open_source(CheckpointIndex.open(folder))
+
+
+@pytest.mark.parametrize("model_type", WRAPPED)
+def test_absurd_counts_in_any_part_are_a_sentence(model_type: str) -> None:
+    """transformers makes a name for each of num_labels: a billion of them takes all memory."""
+    config = wrapped_config(model_type)
+    for part in ("text_config", "vision_config"):
+        for field in ("num_labels", "num_hidden_layers", "num_attention_heads"):
+            with pytest.raises(CheckpointError, match=rf"expected {field} to be at most 100000, found 1000000000"):
+                read_config({**config, part: {**config[part], field: 10**9}})
 
 
 def advice() -> str:

@@ -71,6 +71,15 @@ for source, spec in supported_model_types().items():
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]
     assert causal.__name__ == f"Xeco{spec.class_prefix}ForCausalLM" and causal.config_class is type(own)
     assert issubclass(causal, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+for table in (
+    modeling_auto.MODEL_MAPPING,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+):
+    own = [table[key] for key in table.keys() if key.__name__.startswith("Xeco")]
+    assert own
+    for made in own:  # vLLM checks arguments against annotations, and expects classes
+        assert not any(isinstance(one, str) for one in made.__init__.__annotations__.values()), made
 keys = {key.__name__ for key in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.keys()}
 print(sorted(key for key in keys if key.startswith("Xeco")))
 for name in ("NoSuchTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2TokenizerFast"):  # looked for in every family's module

@@ -37,6 +37,7 @@ def _initialiser(source: Any) -> Any:
         _know_text_model(config.text_config)
         source.__init__(self, config)
 
+    initialise.__annotations__ = {}  # as in modeling_xeco
     return initialise
 
 
