@@ -43,23 +43,14 @@ TWINS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3F
 def untrained(kind: str, tokenizer: Any) -> Any:
     """The twin of this kind, weights drawn from torch's seed."""
     config_class, model_class = TWINS[kind]
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=train.MAX_POSITIONS,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.04,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model_class(config)
+    sizes = {
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    }
+    return model_class(config_class(**train.settings_of(tokenizer), **sizes))
 
 
 def train_twin(kind: str, folder: Path, options: train.Options) -> None:

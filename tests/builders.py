@@ -29,6 +29,15 @@ from xeco_convert.modeling.configuration_xeco import auto_map
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
 
+# The beginning of a program that runs where xeco_convert cannot be imported.
+WITHOUT_PACKAGE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("xeco_convert", "xeco_distill"):
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, Blocked())
+"""
 ORIGINAL_LENGTH = 16  # positions of the original model in the scaled rotary types
 VOCABULARY = 96
 

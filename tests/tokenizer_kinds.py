@@ -65,6 +65,16 @@ def byte_level(pattern: str | None = _DIGITS_IN_THREES, *, bos: bool = False) ->
     return words
 
 
+def bytes_alone(*special: str) -> Tokenizer:
+    """The 256 bytes in the order of their letters, then the special tokens; no merges."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens(list(special))
+    return words
+
+
 def metaspace(*, scheme: str = "first") -> Tokenizer:
     """SentencePiece's kind of BPE: spaces become a sign, unknown letters become bytes."""
     words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

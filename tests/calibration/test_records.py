@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizer_kinds import bytes_alone
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from xeco_convert.calibration.records import Encoder
@@ -29,11 +30,7 @@ PLAIN = "<s><user>hello</s><assistant>good day</s>"
 @pytest.fixture
 def tokenizer() -> Any:
     """Bytes, <s> (256) that begins a text and </s> (257) that ends."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.decoder = decoders.ByteLevel()
-    model.add_special_tokens(["<s>", "</s>"])
+    model = bytes_alone("<s>", "</s>")
     model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     found = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
     found.chat_template = TEMPLATE

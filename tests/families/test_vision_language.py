@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_key_norms_constant, write_json, write_weights
+from builders import WITHOUT_PACKAGE, make_key_norms_constant, write_json, write_weights
 from multimodal_builders import IMAGE_TOKEN, WRAPPED, build_wrapped, image_inputs, wrapped_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -229,14 +229,8 @@ def test_dtype_is_that_of_all_parts(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-# Runs where xeco_convert cannot be imported: for each folder, logits of inputs, and a copy saved from it.
+# Behind WITHOUT_PACKAGE: for each folder, logits of inputs, and a copy saved from it.
 REMOTE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("xeco_convert", "xeco_distill"):
-            raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 for folder, inputs, logits, copy in zip(*[iter(sys.argv[1:])] * 4):
@@ -264,7 +258,9 @@ def test_they_load_where_the_package_is_missing(converted: Callable[[str], Conve
         torch.save(image_inputs(model_type, rows=2), tmp_path / f"{number}.inputs")
         arguments += [str(folder), *(str(tmp_path / f"{number}.{what}") for what in ("inputs", "logits", "copy"))]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", REMOTE, *arguments], check=True, env=environment, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, *arguments], check=True, env=environment, cwd=tmp_path
+    )
     for number, (model_type, _) in enumerate(jobs):
         found = torch.load(tmp_path / f"{number}.logits")
         torch.testing.assert_close(found, expected[model_type], rtol=1e-4, atol=5e-5)

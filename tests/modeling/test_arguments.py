@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import VARIANTS, exact_model, random_ids, source_model
+from builders import VARIANTS, WITHOUT_PACKAGE, exact_model, random_ids, source_model
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
@@ -218,12 +218,6 @@ def test_attention_implementations_that_would_be_passed_by_are_refused(
 
 
 REMOTE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("xeco_convert", "xeco_distill"):
-            raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -240,7 +234,7 @@ for refused in (lambda: model(ids, cu_seq_lens_q=torch.tensor([0, 9])), lambda: 
 
 def test_remote_code_reads_its_cache_and_refuses_the_same(converted: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", REMOTE, str(converted)]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, str(converted)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()

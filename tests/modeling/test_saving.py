@@ -9,21 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_ids, save_exact_checkpoint
+from builders import WITHOUT_PACKAGE, random_ids, save_exact_checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CODE_FILES = {
     *("configuration_xeco.py", "modeling_xeco.py", "arguments_xeco.py"),
     *("xeco_latent_attention.py", "xeco_choice.py"),
 }
-# Runs where xeco_convert cannot be imported: loads argv[1], writes its logits to argv[2] and a copy of it to argv[3].
+# Behind WITHOUT_PACKAGE: loads argv[1], writes its logits to argv[2] and a copy of it to argv[3].
 REMOTE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("xeco_convert", "xeco_distill"):
-            raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 ids = torch.load(sys.argv[1])
@@ -61,7 +55,7 @@ def run_remote(
     jobs = [(folder, work / f"{number}.pt", work / f"copy{number}") for number, folder in enumerate(folders)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules")}
     arguments = [str(path) for job in jobs for path in job]
-    command = [sys.executable, "-c", REMOTE, str(work / "ids.pt"), *arguments]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, str(work / "ids.pt"), *arguments]
     done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning: xeco_convert is not installed; attention runs in plain torch") == 1

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -72,23 +73,30 @@ def build_tokenizer(stories: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def settings_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What config.json says of every model that is trained here, whatever its widths."""
+    return {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 4,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": 0.04,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained Llama model with 4 heads and 2 key/value heads in each of 4 layers, for ``tokenizer``."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        **settings_of(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.04,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizer_kinds import bytes_alone
 from transformers import PreTrainedTokenizerFast
 
 from xeco_distill.data import Document, read_documents
@@ -29,11 +29,7 @@ CHAT = [
 @pytest.fixture
 def tokenizer() -> Any:
     """Bytes, and </s> (256) that ends."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone(), eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
