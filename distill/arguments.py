@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xeco_convert.errors import OptionError
+from xeco_convert.errors import OptionError, first_line
 
 from .options import DistillOptions
 
@@ -99,7 +99,7 @@ def training_arguments(
     try:
         return kind(**{**chosen, **settings})
     except (TypeError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise OptionError(f"--trainer: transformers refuses these settings ({reason}); change them.") from None
 
 

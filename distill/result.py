@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,15 +13,15 @@ import torch
 
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorReader
+from xeco_convert.checkpoint.dtypes import TORCH_DTYPES
+from xeco_convert.checkpoint.format import REPORT_FILE
 from xeco_convert.checkpoint.index import read_json
-from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.files import write_text_whole
 from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
 
 from .card import healing_section, replace_section
 
-REPORT_FILE = "xeco_report.json"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _MADE_HERE = ("config.json", REPORT_FILE, "README.md", "model.safetensors.index.json")
 _SHARD_BYTES = 5 * 10**9
 
@@ -40,7 +39,7 @@ def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target:
     reader = TensorReader(trained)
     with CheckpointWriter(target, headers, max_shard_bytes=_SHARD_BYTES, overwrite=True) as writer:
         for header in headers:
-            dtype = _DTYPES[header.dtype]
+            dtype = TORCH_DTYPES[header.dtype]
             writer.write(header.name, (chunk.to(dtype) for chunk in reader.read_chunks(header.name)))
         for path in sorted(student.folder.rglob("*")):
             relative = path.relative_to(student.folder)
@@ -81,12 +80,9 @@ def update_card(folder: Path, title: str, section: str) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        write_text_whole(file, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{file}: cannot be written ({error.strerror}); free some space, then try again.") from None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from xeco_convert.errors import first_line
 from xeco_convert.pretrained import load_causal_lm
 
 from .data import PackedRows
@@ -186,7 +187,7 @@ class DistillationTrainer(WholeLoading):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "write" not in str(error) and "file" not in str(error).lower():
                 raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise HealingError(
                 f"{self.args.output_dir}: the state after step {step} could not be saved ({reason}); nothing else was lost: "
                 f"{self.last_checkpoint_in_words()} Free some space, then the same command continues."

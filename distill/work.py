@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.files import write_json_whole
 
 from .options import DistillOptions
 
@@ -64,9 +64,7 @@ class RunFolder:
         """Keep some facts."""
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        write_json_whole(target, data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Facts kept before, or None."""

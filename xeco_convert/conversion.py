@@ -17,10 +17,11 @@ import torch
 from xeco_convert import __version__
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, CheckpointWriter, TensorHeader, TensorReader
 from xeco_convert.checkpoint.companions import companion_files
+from xeco_convert.checkpoint.dtypes import TORCH_DTYPES
+from xeco_convert.checkpoint.format import FORMAT_VERSION, PAGE_FILE, REPORT_FILE
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.reader import all_finite
-from xeco_convert.checkpoint.writer import DTYPE_NAMES
-from xeco_convert.errors import OptionError
+from xeco_convert.errors import OptionError, first_line
 from xeco_convert.families import FamilySpec
 from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
 from xeco_convert.layer_entries import layer_entry
@@ -35,10 +36,6 @@ from xeco_convert.report_page import report_page
 from xeco_convert.tokenizer import prepared_companions
 from xeco_convert.verify import LayerChecker, check_path_to_logits, sampled_layers
 
-FORMAT_VERSION = 1
-REPORT_FILE = "xeco_report.json"
-PAGE_FILE = "xeco_report.html"
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPY_SHARE = 0.1  # of the progress bar
 
 
@@ -141,7 +138,7 @@ class _Conversion:
         self._on_progress("written", 1.0)
 
     def _cast(self, tensor: torch.Tensor, header: TensorHeader) -> torch.Tensor:
-        cast = tensor.to(dtype=_TORCH_DTYPES[header.dtype], device="cpu")
+        cast = tensor.to(dtype=TORCH_DTYPES[header.dtype], device="cpu")
         if not all_finite(cast):
             raise OptionError(
                 f"--dtype: {header.name} does not fit into {header.dtype} (values up to {tensor.abs().max():.3g}); "
@@ -288,7 +285,7 @@ def device_by_name(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise OptionError(
             f"--device: {name!r} cannot be used here ({reason}); choose cpu, or cuda where a GPU is present."
         ) from None

@@ -53,6 +53,11 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's exception says: torch and yaml add traces and excerpts below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason_of(error: BaseException) -> str:
     """What a library's exception says, on one line and not too long, for the brackets of a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from xeco_convert.checkpoint import DTYPE_BYTES
+from xeco_convert.checkpoint.dtypes import STORED_AS
+from xeco_convert.checkpoint.format import REPORT_FILE
 from xeco_convert.checkpoint.index import read_json
-from xeco_convert.conversion import REPORT_FILE
 from xeco_convert.errors import CheckpointError, shown
 from xeco_convert.families import supported_model_types
 from xeco_convert.layer_entries import converted_text, mla_layer
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
-from xeco_convert.options import DTYPES
 from xeco_convert.pretrained import read_config
 
 _ERRORS = ("key_error", "value_error")
-_BYTES_OF_DTYPE = dict(zip(DTYPES, (DTYPE_BYTES["F32"], DTYPE_BYTES["BF16"], DTYPE_BYTES["F16"]), strict=True))
 
 
 def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     ]
     report = _report(Path(folder))
     layers = [_layer(number, entry, kept[number], report.errors) for number, entry in enumerate(entries)]
-    stated = _BYTES_OF_DTYPE.get(str(config.get("dtype") or config.get("torch_dtype")), DTYPE_BYTES["F32"])
+    stated = DTYPE_BYTES[STORED_AS.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")]
     number_bytes = report.number_bytes or stated  # config.json may leave the dtype out; the report never does
     conversion = conversion_record(config)
     return {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
+from xeco_convert.checkpoint.dtypes import STORED_AS
 from xeco_convert.errors import OptionError, UnsupportedModelError
 from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind
@@ -18,8 +19,6 @@ from xeco_convert.families.spec import FUSED, PROJECTIONS
 from xeco_convert.options import ConvertOptions, parse_layers, parse_share
 from xeco_convert.ranks.budget import Widths, default_multiple, rope_step
 from xeco_convert.source import SourceModel, open_source
-
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class ConversionPlan:
     def dtype(self) -> str:
         """Dtype of all weights written, in safetensors' words: the option's, or the source's first query projection's."""
         if self.options.dtype is not None:
-            return _DTYPE_NAMES[self.options.dtype]
+            return STORED_AS[self.options.dtype]
         return self.index.headers[f"{self.projection(self.family.projections[0], 0)}.weight"].dtype
 
     def projection(self, which: str, layer: int) -> str:
@@ -353,7 +352,7 @@ def _biases(source: SourceModel, options: ConvertOptions) -> tuple[str, ...]:
 def _stored_as(header: TensorHeader, options: ConvertOptions) -> TensorHeader:
     if options.dtype is None:
         return header
-    return dataclasses.replace(header, dtype=_DTYPE_NAMES[options.dtype])
+    return dataclasses.replace(header, dtype=STORED_AS[options.dtype])
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:

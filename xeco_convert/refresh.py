@@ -20,16 +20,15 @@ from typing import Any
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.checkpoint.companions import TOKENIZER_CONFIG, tokenizer_files
+from xeco_convert.checkpoint.format import EXPORT_REPORT_FILE, FORMAT_VERSION
 from xeco_convert.checkpoint.index import read_json
-from xeco_convert.conversion import FORMAT_VERSION, model_identity, wrapper_identity
+from xeco_convert.conversion import model_identity, wrapper_identity
 from xeco_convert.errors import CheckpointError, OptionError, OutputError, XecoWarning
 from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
 from xeco_convert.layer_entries import converted_text, mla_layer
 from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
-
-_EXPORT_REPORT = "xeco_export.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ def refresh_checkpoint(folder: str | Path, source: str | Path | None = None) -> 
 
 def _family(folder: Path, config: Mapping[str, Any]) -> FamilySpec:
     """The family that a converted folder came from. Raises `CheckpointError` for any other folder."""
-    if (folder / _EXPORT_REPORT).is_file():
+    if (folder / EXPORT_REPORT_FILE).is_file():
         raise CheckpointError(
             f"{folder}: is an export, which holds no code to renew; refresh the converted folder, then export that again."
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.checkpoint.dtypes import STORED_AS
 from xeco_convert.errors import CheckpointError, UnsupportedModelError, XecoWarning, reason_of, shown
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind, family_for, family_within, wrapper_of
 from xeco_convert.families.spec import FUSED, refuse_quantised
@@ -295,7 +296,7 @@ def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None
         )
 
 
-_FLOATING = ("F32", "BF16", "F16")
+_FLOATING = tuple(STORED_AS.values())
 
 
 def _check_dtype(index: CheckpointIndex, name: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from xeco_convert.calibration.records import Document
+from xeco_convert.files import write_json_whole
 
 from ..data.packing import pack
 
@@ -138,9 +139,7 @@ class RowWriter:
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-        partial = self._folder / "rows.json.partial"
-        partial.write_text(json.dumps({"shape": [self.num_rows, self._length]}) + "\n", encoding="utf-8")
-        os.replace(partial, self._folder / "rows.json")
+        write_json_whole(self._folder / "rows.json", {"shape": [self.num_rows, self._length]})
         rows = PackedRows.load(self._folder)
         assert rows is not None
         return rows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xeco_convert.calibration.sampling import sample_rows
+from xeco_convert.files import write_whole
 
 SHARD_ROWS = 64
 
@@ -43,9 +44,8 @@ class SampleStore:
             ids, counts = sample_rows(
                 *(model, SHARD_ROWS, self._length, self._shard_seed(number), SHARD_ROWS), on_progress=tell
             )
-            partial = self._file(number).with_suffix(f".partial-{os.getpid()}")
-            save_file({"ids": ids.to(torch.int32), "counts": counts}, partial)
-            os.replace(partial, self._file(number))
+            shard = {"ids": ids.to(torch.int32), "counts": counts}
+            write_whole(self._file(number), partial(save_file, shard))
 
     def read(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [r, length] int32 of a shard, and which of them count."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from xeco_convert.errors import OptionError
+from xeco_convert.errors import OptionError, first_line
 from xeco_convert.options import ConvertOptions
 
 from ..options import DistillOptions, checked_mapping
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config: {path}: not a YAML file ({str(error).splitlines()[0]}).") from None
+        raise OptionError(f"--config: {path}: not a YAML file ({first_line(error)}).") from None
     if not isinstance(data, dict):
         raise OptionError(f"--config: {path}: expected a YAML mapping of options, found {type(data).__name__}.")
     return data

@@ -10,7 +10,6 @@ Letters: W windows, T tokens, X hidden_size.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize.attention import MlaAttention
 from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.forward import AttentionContext, mla_output
+from xeco_convert.files import write_whole
 from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
@@ -176,9 +176,7 @@ class LayerwiseStage:
 
     def _save(self, layer: int, data: dict[str, Any]) -> None:
         file = self._folder / f"layer-{layer:03d}.pt"
-        partial = file.with_suffix(".partial")
-        torch.save(data, partial)
-        os.replace(partial, file)
+        write_whole(file, lambda partial: torch.save(data, partial))
 
 
 def windows_of(rows: PackedRows, num_tokens: int) -> CalibrationWindows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ import torch
 
 from xeco_convert import __version__
 from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.files import write_whole
 from xeco_convert.plan import ConversionPlan
 
 # Options that change nothing of what is kept here.
@@ -50,10 +50,8 @@ class WorkFolder:
     def save(self, name: str, data: dict[str, Any]) -> None:
         """Keep a result of tensors and plain values under a name. It is there whole or not at all."""
         target = self._folder / f"{name}.pt"
-        partial = target.with_suffix(".partial")
         try:
-            torch.save(data, partial)
-            os.replace(partial, target)
+            write_whole(target, lambda partial: torch.save(data, partial))
         except (OSError, RuntimeError) as error:
             raise OutputError(f"--work-dir: {target} cannot be written ({error}); free some space.") from None
 

@@ -14,13 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from xeco_convert.checkpoint.companions import DOWNLOAD_PATTERNS, companion_files
+from xeco_convert.checkpoint.dtypes import DTYPE_BYTES
 from xeco_convert.errors import CheckpointError, reason_of
 
-# Bytes of one number, by the name that safetensors headers use.
-DTYPE_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
-}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"

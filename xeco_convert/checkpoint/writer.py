@@ -16,21 +16,9 @@ from typing import BinaryIO
 
 import torch
 
-from xeco_convert.checkpoint.index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorHeader
+from xeco_convert.checkpoint.dtypes import DTYPE_BYTES, DTYPE_NAMES
+from xeco_convert.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorHeader
 from xeco_convert.errors import OutputError
-
-_TORCH_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    },
-}
-DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

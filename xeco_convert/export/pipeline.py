@@ -14,8 +14,9 @@ import torch
 from xeco_convert import __version__
 from xeco_convert.checkpoint import CheckpointIndex, CheckpointWriter, TensorReader
 from xeco_convert.checkpoint.companions import companion_files
+from xeco_convert.checkpoint.dtypes import CONFIG_NAMES, TORCH_DTYPES
+from xeco_convert.checkpoint.format import EXPORT_REPORT_FILE
 from xeco_convert.checkpoint.output import check_output
-from xeco_convert.checkpoint.writer import DTYPE_NAMES
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
 from xeco_convert.export.comparison import Comparison, compare_with_stock
 from xeco_convert.export.latent_norm import attentions, with_latent_norms
@@ -29,9 +30,6 @@ from xeco_convert.pretrained import load_causal_lm, read_config
 from xeco_convert.tokenizer import prepared_companions
 
 FORMATS = ("deepseek-v3",)
-REPORT_FILE = "xeco_export.json"
-_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Progress = Callable[[str, float], None]
 _SAMPLING_SHARE, _WRITTEN_SHARE = 0.2, 0.8  # of the work, when these are done
 
@@ -95,7 +93,7 @@ def export_checkpoint(
     values = read_config(index.config, index.folder / "config.json").to_dict()
     layout = make_layout(values, family, TARGETS[options.target], index.headers)
     dtype = _stored_dtype(index, layout)
-    config = stock_config(layout, _CONFIG_DTYPES[dtype])
+    config = stock_config(layout, CONFIG_NAMES[dtype])
     with prepared_companions(index, config, stock=True) as companions:
         return _write(Path(output), options, index, layout, dtype, companions, progress)
 
@@ -133,7 +131,7 @@ def _write(
         writer.flush()
         comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
         report = _report(options, layout, step.fidelity, comparison)
-        writer.write_text(REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+        writer.write_text(EXPORT_REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     progress("written", 1.0)
     return report
 
@@ -192,7 +190,7 @@ def _write_weights(
     count = 10 * len(layout.layers) + 3
     with torch.no_grad():
         for done, (name, tensor) in enumerate(stock_tensors(layout, read, norm_weight)):
-            writer.write(name, [tensor.to(_TORCH_DTYPES[dtype])])
+            writer.write(name, [tensor.to(TORCH_DTYPES[dtype])])
             progress(f"writing {name}", _SAMPLING_SHARE + (_WRITTEN_SHARE - _SAMPLING_SHARE) * done / count)
 
 
