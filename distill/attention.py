@@ -8,9 +8,9 @@ from torch import nn
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.factorize.attention import MlaAttention
-from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
+from xeco_convert.modeling.layer_xeco import MlaLayer, MlaShape
 
 
 def student_family(model_type: str) -> FamilySpec:
@@ -34,13 +34,8 @@ def attention_modules(model: Any) -> dict[int, nn.Module]:
 
 def layer_shape(config: Any, number: int) -> MlaShape:
     """Widths of a converted layer, by the student's configuration as transformers reads it."""
-    layer = config.layer(number)
-    return MlaShape(
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=0 if layer.k_norm is None else config.num_key_value_heads,
-        hidden_size=config.hidden_size,
-        **vars(layer),
-    )
+    layer: MlaLayer = config.layer(number)
+    return layer.in_model(config)
 
 
 def weights_of(attention: nn.Module, config: Any, number: int) -> MlaAttention:

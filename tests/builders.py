@@ -328,7 +328,7 @@ def exact_model(source: PreTrainedModel, layers: list[int] | None = None) -> Pre
     family = supported_model_types()[source.config.model_type]
     for layer in chosen:
         shape, factors = exact_shape(attentions[layer]), exact_factors(attentions[layer])
-        entries[layer] = {key: value for key, value in shape.layer_fields().items() if key != "latent_norm"}
+        entries[layer] = {key: value for key, value in shape.to_dict().items() if key != "latent_norm"}
         module = f"{family.module_name(layer)}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(module)}
         state.update({f"{module}{name}": tensor for name, tensor in factors.state_dict().items()})

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xeco_convert.export import ExportReport
-    from xeco_convert.factorize.shapes import MlaShape
+    from xeco_convert.modeling.layer_xeco import MlaShape
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.report import ConversionReport
 

@@ -24,7 +24,6 @@ from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.errors import OptionError, first_line
 from xeco_convert.families import FamilySpec
 from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
-from xeco_convert.layer_entries import layer_entry
 from xeco_convert.model_card import model_card
 from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MULTIMODAL, auto_map, multimodal_auto_map
@@ -243,7 +242,7 @@ def wrapper_identity(model_type: str, prefix: str) -> dict[str, Any]:
 
 def _text_model(plan: ConversionPlan) -> dict[str, Any]:
     """What config.json of a converted text model says of its own."""
-    layers = [None if item.shape is None else layer_entry(item.shape) for item in plan.layers]
+    layers = [None if item.shape is None else item.shape.to_dict() for item in plan.layers]
     return {**model_identity(plan.family), "mla_layers": layers}
 
 

@@ -1,4 +1,4 @@
-"""Entries of mla_layers in a converted config.json: where they are, written from widths, and read back."""
+"""Entries of mla_layers in a converted config.json: where they are, and reading them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xeco_convert.errors import CheckpointError
-from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.modeling import MlaLayer
-
-
-def layer_entry(shape: MlaShape) -> dict[str, Any]:
-    """The entry of a layer of these widths."""
-    return MlaLayer(**shape.layer_fields()).to_dict()
 
 
 def mla_layer(number: int, entry: Mapping[str, Any]) -> MlaLayer:

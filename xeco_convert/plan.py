@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
 from xeco_convert.checkpoint.dtypes import STORED_AS
 from xeco_convert.errors import OptionError, UnsupportedModelError
-from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind
 from xeco_convert.families.spec import FUSED, PROJECTIONS
+from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.options import ConvertOptions, parse_layers, parse_share
 from xeco_convert.ranks.budget import Widths, default_multiple, rope_step
 from xeco_convert.source import SourceModel, open_source

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from xeco_convert.calibration.sampling import available_memory_bytes
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import VerificationError, XecoWarning
-from xeco_convert.factorize import MlaAttention, MlaShape, SourceAttention
+from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
-from xeco_convert.modeling import MlaLayer
+from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.modeling.modeling_xeco import LatentSelfAttention
 from xeco_convert.plan import ConversionPlan, num_parameters
 from xeco_convert.pretrained import load_causal_lm
@@ -106,9 +106,8 @@ class LayerChecker:
         return module  # type: ignore[no-any-return]
 
     def _latent_module(self, layer: int, shape: MlaShape, factors: MlaAttention) -> nn.Module:
-        widths = MlaLayer(**shape.layer_fields())
         original = getattr(self._model.layers[layer], self._plan.family.module)
-        module = LatentSelfAttention(self._config, original, widths, type(self._rotary)).eval()
+        module = LatentSelfAttention(self._config, original, shape, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})
         return module
 

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize import MlaAttention, MlaShape, SourceAttention
+from xeco_convert.factorize import MlaAttention, SourceAttention
+from xeco_convert.modeling.layer_xeco import MlaShape
 
 THETA = 100.0
 

@@ -16,6 +16,7 @@ from xeco_convert.factorize import SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.factorize.statistics import StatisticsAccumulator
+from xeco_convert.modeling.layer_xeco import MlaShape
 
 GROUPS = {"MHA": 4, "GQA": 2, "MQA": 1}
 LENGTH = 12
@@ -29,7 +30,16 @@ def test_the_forward_passes_are_those_of_the_formulas(groups: int, bias: str) ->
     assert formulas.THETA == THETA
     torch.testing.assert_close(source_output(source, x, context)[1], formulas.source_output(source, x[1]))
     mla = calibrated(source, x, context).factors(6, 4)
-    expected = formulas.mla_output(mla, mla.shape(4, 8, 4), x[1], head_dim=8)
+    shape = MlaShape(
+        num_attention_heads=4,
+        hidden_size=x.shape[-1],
+        kv_lora_rank=6,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        rope_index=mla.rope_index,
+    )
+    expected = formulas.mla_output(mla, shape, x[1], head_dim=8)
     torch.testing.assert_close(mla_output(mla, 4, x, context)[1], expected)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from xeco_convert.errors import CheckpointError
 from xeco_convert.factorize import MlaAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
-from xeco_convert.factorize.shapes import FIELDS, MlaShape
 from xeco_convert.modeling import family_config_class, family_model_class
+from xeco_convert.modeling.layer_xeco import FIELDS, MlaShape
 
 BIASES = ((), ("q",), ("kv_a",), ("q", "kv_a", "kv_b", "o"), ("q", "k", "v", "o"))
 ROPES = ((6, (0, 2, 1)), (6, None), (0, ()), (0, None))  # own columns, own frequencies, none
@@ -74,9 +74,8 @@ def test_the_model_has_the_same_names_and_sizes() -> None:
     for shape in kinds():
         if shape.rope_index is None and not shape.qk_rope_head_dim:
             continue  # no frequencies of no width
-        entry = {name: list(v) if isinstance(v, tuple) else v for name, v in shape.layer_fields().items()}
         config = family_config_class("Llama")(
-            **settings, vocab_size=8, intermediate_size=8, num_hidden_layers=1, mla_layers=[entry]
+            **settings, vocab_size=8, intermediate_size=8, num_hidden_layers=1, mla_layers=[shape.to_dict()]
         )
         with torch.device("meta"):
             attention = family_model_class("Llama", "Model")(config).layers[0].self_attn

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.errors import CheckpointError
-from xeco_convert.factorize.shapes import FIELDS, MlaShape
+from xeco_convert.modeling.layer_xeco import FIELDS, MlaShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,30 +149,6 @@ class MlaAttention:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> MlaAttention:
         """The same layer with some of its tensors replaced, by field."""
         return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
-
-    def shape(self, num_attention_heads: int, v_head_dim: int, qk_rope_head_dim: int) -> MlaShape:
-        """The widths that these tensors have, given those that their sizes alone do not tell."""
-        query = self.q_weight if self.q_weight is not None else self.q_b_weight
-        query = query if self.q_head_weight is None else self.q_head_weight
-        assert query is not None
-        nope_dim = query.shape[0] // num_attention_heads - qk_rope_head_dim
-        named = {"q": self.q_bias, "k": self.k_bias, "v": self.v_bias}
-        named |= {"kv_a": self.kv_a_bias, "kv_b": self.kv_b_bias, "o": self.o_bias}
-        return MlaShape(
-            num_attention_heads=num_attention_heads,
-            hidden_size=self.o_weight.shape[0],
-            kv_lora_rank=self.kv_b_weight.shape[1],
-            qk_nope_head_dim=nope_dim,
-            qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim,
-            q_lora_rank=None if self.q_a_weight is None else self.q_a_weight.shape[0],
-            latent_norm=self.latent_norm_weight is not None,
-            rope_index=self.rope_index,
-            biases=tuple(name for name, bias in named.items() if bias is not None),
-            q_norm=_kind_of_norm(self.q_norm_weight, nope_dim),
-            k_norm=_kind_of_norm(self.k_norm_weight, v_head_dim),
-            num_key_value_heads=0 if self.k_weight is None else self.k_weight.shape[0] // v_head_dim,
-        )
 
 
 def _kind_of_norm(weight: Tensor | None, head_dim: int) -> str | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
-from xeco_convert.factorize.shapes import MlaShape
 from xeco_convert.factorize.svd import LowRank, thin_svd
+from xeco_convert.modeling.layer_xeco import MlaShape
 
 
 def paper_spectrum(source: SourceAttention) -> Tensor:

@@ -6,16 +6,17 @@ is made on first use from the class of its source: `XecoLlamaConfig` extends `Ll
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from .layer_xeco import MlaLayer
 
 MODEL_TYPE_PREFIX = "xeco_"
 # Written beside the weights, under these names, so that a checkpoint loads where xeco_convert is not installed.
@@ -24,6 +25,7 @@ CODE_FILES = (
     "modeling_xeco.py",
     "modeling_xeco_multimodal.py",
     "arguments_xeco.py",
+    "layer_xeco.py",
     "xeco_latent_attention.py",
     "xeco_choice.py",
 )
@@ -32,101 +34,6 @@ _OF_OPS = {"xeco_latent_attention.py": "torch_attention.py", "xeco_choice.py": "
 # Between the name of a model around a text model and the kind of its class: XecoLlavaMultimodalConfig. Without it the
 # classes of Gemma 3 would be those of its text model.
 MULTIMODAL = "Multimodal"
-
-
-_WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**31
-
-
-def _list_of(value: Any, allowed: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and all(allowed(item) for item in value)
-
-
-# What each field of an entry may be, before it is computed with.
-_ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "kv_lora_rank": lambda value: _whole(value, 1),
-    "qk_nope_head_dim": lambda value: _whole(value, 0),
-    "qk_rope_head_dim": lambda value: _whole(value, 0) and value % 2 == 0,
-    "v_head_dim": lambda value: _whole(value, 1),
-    "q_lora_rank": lambda value: value is None or _whole(value, 1),
-    "latent_norm": lambda value: isinstance(value, bool),
-    "rope_index": lambda value: value is None or _list_of(value, lambda item: _whole(item, 0)),
-    "biases": lambda value: _list_of(value, lambda item: item in ("q", "k", "v", "kv_a", "kv_b", "o")),
-    "q_norm": lambda value: value in (None, "head", "all"),
-    "k_norm": lambda value: value in (None, "head", "all"),
-    "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
-}
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlaLayer:
-    """Widths of one converted layer, as config.json holds them.
-
-    `rope_index` says which source frequency each rotary pair uses; None stands for fresh frequencies of the source's
-    rotary type over qk_rope_head_dim. `biases` names the projections that have one: q, kv_a, kv_b, o. `q_norm` is "head" or
-    "all" where queries are normalised behind q_proj (each head, or all rows together); q_head_proj then maps each head to
-    its un-rotated and rotary rows. `k_norm`, the same of the keys: the source's k_proj, k_norm and v_proj stay (`biases` may
-    name k and v), and kv_a_proj_with_mqa reads what they give. `logit_softcap` bounds the scores. A layer without rotation
-    has qk_rope_head_dim 0.
-    """
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
-    latent_norm: bool = False
-    rope_index: tuple[int, ...] | None = None
-    biases: tuple[str, ...] = ()
-    q_norm: str | None = None
-    k_norm: str | None = None
-    logit_softcap: float | None = None
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
-        """Read an entry of config.json. Raises `ValueError` naming unknown keys and widths that cannot be."""
-        if not isinstance(data, Mapping):
-            raise ValueError(f"mla_layers: expected an object or null for each layer, found {_shown(data)}")
-        unknown = sorted(set(data) - {item.name for item in fields(cls)})
-        if unknown:
-            raise ValueError(f"mla_layers: unknown keys {_shown(unknown)}; this checkpoint needs a newer xeco-convert")
-        for name, allowed in _ENTRY_CHECKS.items():
-            if (name in data or name in _WIDTHS) and not allowed(data.get(name)):
-                rule = (
-                    "widths must be positive and qk_rope_head_dim even" if name in _WIDTHS else "no such value can be"
-                )
-                raise ValueError(f"mla_layers: {rule}, found {name} = {_shown(data.get(name))}")
-        index = data.get("rope_index")
-        layer = cls(
-            **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
-        )
-        if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
-            raise ValueError(
-                f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
-            )
-        return layer
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of config.json: plain JSON types."""
-        data = asdict(self)
-        return {
-            **data,
-            "rope_index": None if self.rope_index is None else list(self.rope_index),
-            "biases": list(self.biases),
-        }
-
-    @property
-    def cache_width(self) -> int:
-        """Numbers cached per token."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 class CodeBesideWeights:

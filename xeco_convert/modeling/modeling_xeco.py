@@ -23,7 +23,8 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from .arguments_xeco import cache_among
-from .configuration_xeco import MlaLayer, family_config_class, source_class
+from .configuration_xeco import family_config_class, source_class
+from .layer_xeco import MlaLayer, MlaShape
 
 fused: Any
 try:
@@ -58,6 +59,17 @@ class LatentSelfAttention(nn.Module):
     `explain_choice` says why. All give the same result up to rounding.
     """
 
+    # made by `_build_projections`, those that the layer has
+    q_proj: nn.Linear
+    q_a_proj: nn.Linear
+    q_b_proj: nn.Linear
+    q_head_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    kv_a_proj_with_mqa: nn.Linear
+    kv_b_proj: nn.Linear
+    o_proj: nn.Linear
+
     def __init__(self, config: Any, source: nn.Module, layer: MlaLayer, rotary_class: type[nn.Module]) -> None:
         # not super(): the family's attention class follows, and must not build its projections
         nn.Module.__init__(self)
@@ -71,45 +83,27 @@ class LatentSelfAttention(nn.Module):
         self.qk_nope_head_dim = layer.qk_nope_head_dim
         self.qk_rope_head_dim = layer.qk_rope_head_dim
         self.v_head_dim = layer.v_head_dim
+        self.q_lora_rank = layer.q_lora_rank
+        self.q_norm_of_all = layer.q_norm == "all"
         self.logit_softcap = layer.logit_softcap
         self.rope_index = layer.rope_index
         # the source's order, which differs between families, for arguments that come without a name
         self._positional = tuple(inspect.signature(type(source).forward).parameters)[2:]
-        self._build_projections(config, layer)
+        self._build_projections(layer.in_model(config), getattr(config, "rms_norm_eps", None) or config.layer_norm_eps)
         self._build_rotation(config, rotary_class)
 
-    def _build_projections(self, config: Any, layer: MlaLayer) -> None:
-        hidden, heads = config.hidden_size, self.num_heads
-        head_width = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-        eps = getattr(config, "rms_norm_eps", None) or config.layer_norm_eps
-        self.q_norm: nn.Module | None = None
+    def _build_projections(self, shape: MlaShape, eps: float) -> None:
+        """A module for each tensor of the layer's table; None for the norms that it has not."""
+        self.q_norm: nn.RMSNorm | None = None
         self.k_norm: nn.RMSNorm | None = None
-        if layer.q_norm is not None:
-            width = layer.qk_nope_head_dim * (heads if layer.q_norm == "all" else 1)
-            self.q_norm, self.q_norm_of_all = nn.RMSNorm(width, eps=eps), layer.q_norm == "all"
-            self.q_head_proj = nn.Linear(layer.qk_nope_head_dim, heads * head_width, bias=False)
-            head_width = layer.qk_nope_head_dim
-        query_width = heads * head_width
-        self.q_lora_rank = layer.q_lora_rank
-        if layer.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias="q" in layer.biases)
-        else:
-            self.q_a_proj = nn.Linear(hidden, layer.q_lora_rank, bias=False)
-            self.q_b_proj = nn.Linear(layer.q_lora_rank, query_width, bias="q" in layer.biases)
-        read = hidden if layer.k_norm is None else self._build_kept_keys(config, layer, eps)
-        self.kv_a_proj_with_mqa = nn.Linear(read, layer.cache_width, bias="kv_a" in layer.biases)
-        self.kv_a_layernorm = nn.RMSNorm(layer.kv_lora_rank, eps=eps) if layer.latent_norm else None
-        width = heads * (layer.qk_nope_head_dim + layer.v_head_dim)
-        self.kv_b_proj = nn.Linear(layer.kv_lora_rank, width, bias="kv_b" in layer.biases)
-        self.o_proj = nn.Linear(heads * layer.v_head_dim, hidden, bias="o" in layer.biases)
-
-    def _build_kept_keys(self, config: Any, layer: MlaLayer, eps: float) -> int:
-        """The source's projections of keys and values and its norm of the keys; returns the width of what they give together."""
-        width = config.num_key_value_heads * layer.v_head_dim
-        self.k_proj = nn.Linear(config.hidden_size, width, bias="k" in layer.biases)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias="v" in layer.biases)
-        self.k_norm = nn.RMSNorm(width if layer.k_norm == "all" else layer.v_head_dim, eps=eps)
-        return 2 * width
+        self.kv_a_layernorm: nn.RMSNorm | None = None
+        tensors = shape.tensors()
+        for name, size in tensors.items():
+            module, _, part = name.rpartition(".")
+            if part == "weight" and len(size) == 1:
+                setattr(self, module, nn.RMSNorm(*size, eps=eps))
+            elif part == "weight":
+                setattr(self, module, nn.Linear(size[1], size[0], bias=f"{module}.bias" in tensors))
 
     def _build_rotation(self, config: Any, rotary_class: type[nn.Module]) -> None:
         """A rotary module of this layer's own width where it does not use columns of the source's cos and sin tables."""

@@ -1,0 +1,203 @@
+"""The widths of a converted layer, and the one table of its tensors: what a plan counts, the writer names, the model builds.
+
+This file is also written beside the weights of converted checkpoints; it needs nothing but Python.
+
+Letters: H query heads, G key/value groups, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+_WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_BIASES = ("q", "k", "v", "kv_a", "kv_b", "o")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _list_of(value: Any, allowed: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(allowed(item) for item in value)
+
+
+# What each field of an entry may be, before it is computed with.
+_ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "kv_lora_rank": lambda value: _whole(value, 1),
+    "qk_nope_head_dim": lambda value: _whole(value, 0),
+    "qk_rope_head_dim": lambda value: _whole(value, 0) and value % 2 == 0,
+    "v_head_dim": lambda value: _whole(value, 1),
+    "q_lora_rank": lambda value: value is None or _whole(value, 1),
+    "latent_norm": lambda value: isinstance(value, bool),
+    "rope_index": lambda value: value is None or _list_of(value, lambda item: _whole(item, 0)),
+    "biases": lambda value: _list_of(value, lambda item: item in _BIASES),
+    "q_norm": lambda value: value in (None, "head", "all"),
+    "k_norm": lambda value: value in (None, "head", "all"),
+    "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+}
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaLayer:
+    """Widths of one converted layer in DeepSeek's names, as config.json holds them.
+
+    `rope_index` says which frequency of the source each rotary pair uses (qk_rope_head_dim / 2 entries); None stands for
+    fresh frequencies of the source's rotary type over qk_rope_head_dim, as X-EcoMLA takes them. A layer without rotation has
+    qk_rope_head_dim 0. `biases` names the projections that have one. `q_norm` is "head" or "all" where queries are normalised
+    behind q_proj (each head by itself, or all rows together); q_head_proj then maps each head to its un-rotated and rotary
+    rows, and qk_nope_head_dim is the source's head_dim. `k_norm` is the same of the keys: the source's k_proj, k_norm and
+    v_proj stay (`biases` may name k and v), and kv_a_proj_with_mqa reads normalised keys and values of all groups in place of
+    the layer's input; the source's head_dim is v_head_dim then. `logit_softcap` bounds the scores: cap · tanh(score / cap).
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    latent_norm: bool = False
+    rope_index: tuple[int, ...] | None = None
+    biases: tuple[str, ...] = ()
+    q_norm: str | None = None
+    k_norm: str | None = None
+    logit_softcap: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
+        """Read an entry of config.json. Raises `ValueError` naming unknown keys and widths that cannot be."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"mla_layers: expected an object or null for each layer, found {_shown(data)}")
+        unknown = sorted(set(data) - {item.name for item in fields(MlaLayer)})
+        if unknown:
+            raise ValueError(f"mla_layers: unknown keys {_shown(unknown)}; this checkpoint needs a newer xeco-convert")
+        for name, allowed in _ENTRY_CHECKS.items():
+            if (name in data or name in _WIDTHS) and not allowed(data.get(name)):
+                rule = (
+                    "widths must be positive and qk_rope_head_dim even" if name in _WIDTHS else "no such value can be"
+                )
+                raise ValueError(f"mla_layers: {rule}, found {name} = {_shown(data.get(name))}")
+        index = data.get("rope_index")
+        layer = MlaLayer(
+            **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
+        )
+        if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
+            raise ValueError(
+                f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
+            )
+        return layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of config.json: plain JSON types."""
+        entry = self._widths()
+        entry["rope_index"] = None if self.rope_index is None else list(self.rope_index)
+        entry["biases"] = list(self.biases)
+        return entry
+
+    def in_model(self, config: Any) -> MlaShape:
+        """The layer in a model of this configuration (of the source, or of the converted model)."""
+        return MlaShape(
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=0 if self.k_norm is None else config.num_key_value_heads,
+            hidden_size=config.hidden_size,
+            **self._widths(),
+        )
+
+    def _widths(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(MlaLayer)}
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head: its un-rotated rows, then its rotary rows."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token: the latent and the one rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaShape(MlaLayer):
+    """A layer with the numbers of its model: all that the sizes of its tensors follow from. `num_key_value_heads` is 0 where
+    the source's keys do not stay."""
+
+    num_attention_heads: int
+    hidden_size: int
+    num_key_value_heads: int = 0
+
+    @property
+    def key_value_width(self) -> int:
+        """Rows of the source's k_proj, and of its v_proj, where they stay: G·V."""
+        return self.num_key_value_heads * self.v_head_dim
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the projection of the queries: H·(N+P), or the source's own H·N before its norm."""
+        return self.num_attention_heads * (self.qk_head_dim if self.q_norm is None else self.qk_nope_head_dim)
+
+    @property
+    def latent_inputs(self) -> int:
+        """Width of what kv_a_proj_with_mqa reads: the layer's input, or normalised keys and values of all groups."""
+        return self.hidden_size if self.k_norm is None else 2 * self.key_value_width
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names below the attention module with sizes, in the order of the table."""
+        return {tensor.name: tensor.size(self) for tensor in LAYER_TENSORS if tensor.is_part_of(self)}
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """One row of the table: the name below the attention module, the field of `factorize.MlaAttention`, the size, and which
+    layers have it."""
+
+    name: str
+    field: str
+    size: Callable[[MlaShape], tuple[int, ...]]
+    is_part_of: Callable[[MlaShape], bool] = lambda shape: True
+
+
+# fmt: off
+LAYER_TENSORS = (
+    # a norm of the queries, and what maps each normalised head to its un-rotated and rotary rows
+    LayerTensor("q_norm.weight", "q_norm_weight",
+                lambda s: (s.qk_nope_head_dim * (s.num_attention_heads if s.q_norm == "all" else 1),),
+                lambda s: s.q_norm is not None),
+    LayerTensor("q_head_proj.weight", "q_head_weight",
+                lambda s: (s.num_attention_heads * s.qk_head_dim, s.qk_nope_head_dim), lambda s: s.q_norm is not None),
+    # queries, whole or in two factors
+    LayerTensor("q_proj.weight", "q_weight", lambda s: (s.query_rows, s.hidden_size), lambda s: s.q_lora_rank is None),
+    LayerTensor("q_proj.bias", "q_bias", lambda s: (s.query_rows,), lambda s: s.q_lora_rank is None and "q" in s.biases),
+    LayerTensor("q_a_proj.weight", "q_a_weight",
+                lambda s: (s.q_lora_rank or 0, s.hidden_size), lambda s: s.q_lora_rank is not None),
+    LayerTensor("q_b_proj.weight", "q_b_weight",
+                lambda s: (s.query_rows, s.q_lora_rank or 0), lambda s: s.q_lora_rank is not None),
+    LayerTensor("q_b_proj.bias", "q_bias",
+                lambda s: (s.query_rows,), lambda s: s.q_lora_rank is not None and "q" in s.biases),
+    # the source's own keys and values, where its keys are normalised
+    LayerTensor("k_proj.weight", "k_weight", lambda s: (s.key_value_width, s.hidden_size), lambda s: s.k_norm is not None),
+    LayerTensor("k_proj.bias", "k_bias", lambda s: (s.key_value_width,), lambda s: "k" in s.biases),
+    LayerTensor("v_proj.weight", "v_weight", lambda s: (s.key_value_width, s.hidden_size), lambda s: s.k_norm is not None),
+    LayerTensor("v_proj.bias", "v_bias", lambda s: (s.key_value_width,), lambda s: "v" in s.biases),
+    LayerTensor("k_norm.weight", "k_norm_weight",
+                lambda s: (s.key_value_width if s.k_norm == "all" else s.v_head_dim,), lambda s: s.k_norm is not None),
+    # latent and shared rotary key, and each head's keys and values from the latent
+    LayerTensor("kv_a_proj_with_mqa.weight", "kv_a_weight", lambda s: (s.cache_width, s.latent_inputs)),
+    LayerTensor("kv_a_proj_with_mqa.bias", "kv_a_bias", lambda s: (s.cache_width,), lambda s: "kv_a" in s.biases),
+    LayerTensor("kv_a_layernorm.weight", "latent_norm_weight", lambda s: (s.kv_lora_rank,), lambda s: s.latent_norm),
+    LayerTensor("kv_b_proj.weight", "kv_b_weight",
+                lambda s: (s.num_attention_heads * (s.qk_nope_head_dim + s.v_head_dim), s.kv_lora_rank)),
+    LayerTensor("kv_b_proj.bias", "kv_b_bias",
+                lambda s: (s.num_attention_heads * (s.qk_nope_head_dim + s.v_head_dim),), lambda s: "kv_b" in s.biases),
+    LayerTensor("o_proj.weight", "o_weight", lambda s: (s.hidden_size, s.num_attention_heads * s.v_head_dim)),
+    LayerTensor("o_proj.bias", "o_bias", lambda s: (s.hidden_size,), lambda s: "o" in s.biases),
+)
+# fmt: on
+FIELDS = {tensor.name: tensor.field for tensor in LAYER_TENSORS}
