@@ -16,6 +16,7 @@ Letters: G groups, H heads, d head_dim, F = d/2 frequencies, S = P/2 rotary slot
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from xeco_convert.errors import OptionError
 from xeco_convert.factorize import MlaAttention, SourceAttention
 from xeco_convert.factorize.forward import source_projections
 from xeco_convert.factorize.statistics import StatisticsAccumulator
-from xeco_convert.inits.base import read_attention
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
+from xeco_convert.source_attention import read_attention
 
 BASELINES = ("weights", "transmla")
 
@@ -55,18 +56,21 @@ def baseline_model(
     rank, rope_dim = widths
     plan = make_plan(CheckpointIndex.open(checkpoint), ConvertOptions(rank=rank, rope_dim=rope_dim))
     slots = rope_dim // 2
-    if slots % (half := plan.geometry.head_dim // 2) and half % slots:
+    if slots % (half := plan.source.geometry.head_dim // 2) and half % slots:
         raise OptionError(
             f"{kind}: expected a rotary width that divides head_dim, or a multiple of it, found {rope_dim}."
         )
-    layers = []
-    for source, moments in _layers(kind, plan, windows, attended=attended):
-        layers.append(factors(source, moments, rank, slots, folded=kind == "transmla"))
-        plan = plan.with_rope_index(len(layers) - 1, layers[-1].rope_index)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**output_config(plan)), dtype=torch.float32)
+    sources = _layers(kind, plan, windows, attended=attended)
+    layers = [factors(source, moments, rank, slots, folded=kind == "transmla") for source, moments in sources]
+    shapes = {
+        item.layer: replace(item.shape, rope_index=mla.rope_index)
+        for item, mla in zip(plan.converted, layers, strict=True)
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**output_config(plan, shapes)), dtype=torch.float32)
     state = {name: tensor for name, tensor in source_model.state_dict().items() if ".self_attn." not in name}
     for number, mla in enumerate(layers):
-        state |= {f"{plan.module_name(number)}.{name}": tensor for name, tensor in mla.state_dict().items()}
+        module = plan.source.family.module_name(number)
+        state |= {f"{module}.{name}": tensor for name, tensor in mla.state_dict().items()}
     model.load_state_dict(state)
     return model.eval()
 
@@ -76,17 +80,17 @@ def _layers(
     kind: str, plan: ConversionPlan, windows: CalibrationWindows | None, *, attended: bool
 ) -> Iterator[tuple[SourceAttention, Tensor]]:
     """Each source layer and the second moments [2Gd, 2Gd] of its (keys, values), float64."""
-    reader, device = TensorReader(plan.index), torch.device("cpu")
+    reader, device = TensorReader(plan.source.index), torch.device("cpu")
     if kind == "weights":
-        for number in plan.converted_layers:
-            source = read_attention(plan, reader, number, device)
+        for number in range(plan.source.geometry.num_hidden_layers):
+            source = read_attention(plan.source, reader, number, device)
             joint = torch.cat([source.k_weight, source.v_weight]).double()
             yield source, joint @ joint.T  # those of white inputs
         return
     if windows is None:
         raise OptionError(f"{kind}: expected calibration text, found none; give --calibration.")
-    for view in SourceStream(plan, windows, device).layers():
-        source = read_attention(plan, reader, view.number, device)
+    for view in SourceStream(plan.source, windows, device).layers():
+        source = read_attention(plan.source, reader, view.number, device)
         x_WTX = view.normed(view.inputs)
         if attended:
             statistics = StatisticsAccumulator(source, view.context())

@@ -23,11 +23,10 @@ from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import SourceAttention
 from xeco_convert.factorize.attention import exact_factors, exact_shape
 from xeco_convert.families import supported_model_types
-from xeco_convert.inits.base import read_attention
 from xeco_convert.modeling import code_files, family_config_class, family_model_class
 from xeco_convert.modeling.configuration_xeco import auto_map
-from xeco_convert.options import ConvertOptions
-from xeco_convert.plan import make_plan
+from xeco_convert.source import open_source
+from xeco_convert.source_attention import read_attention
 
 # The beginning of a program that runs where xeco_convert cannot be imported.
 WITHOUT_PACKAGE = """
@@ -281,9 +280,9 @@ def source_attentions(model: PreTrainedModel) -> list[SourceAttention]:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", json.loads(model.config.to_json_string(use_diff=False)))
         write_weights(Path(folder), stored_tensors(model, torch.float32))
-        plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=1, layers=f"0-{count - 1}"))
-        reader = TensorReader(plan.index)
-        return [read_attention(plan, reader, layer, torch.device("cpu")) for layer in range(count)]
+        opened = open_source(CheckpointIndex.open(folder))
+        reader = TensorReader(opened.index)
+        return [read_attention(opened, reader, layer, torch.device("cpu")) for layer in range(count)]
 
 
 def random_attention(

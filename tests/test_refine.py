@@ -17,10 +17,9 @@ from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
-from xeco_convert.inits.base import read_attention
-from xeco_convert.options import ConvertOptions
-from xeco_convert.plan import make_plan
 from xeco_convert.refine import LayerRefinement, RefineOptions
+from xeco_convert.source import open_source
+from xeco_convert.source_attention import read_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = build_checkpoint(tmp_path_factory.mktemp("source") / "llama", "llama_bias")
-    plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=8))
+    opened = open_source(CheckpointIndex.open(folder))
     ids = random_ids(160, 32, seed=4)
     counts = torch.ones_like(ids, dtype=torch.bool)
     counts[:, 30:] = False
     windows = CalibrationWindows(ids=ids, counts=counts, description="random")
-    view = next(SourceStream(plan, windows, torch.device("cpu")).layers())
-    source = read_attention(plan, TensorReader(plan.index), 0, torch.device("cpu"))
+    view = next(SourceStream(opened, windows, torch.device("cpu")).layers())
+    source = read_attention(opened, TensorReader(opened.index), 0, torch.device("cpu"))
     with torch.no_grad():
         accumulator = StatisticsAccumulator(source, view.context())
         accumulator.add(view.normed(view.inputs), counts)
@@ -117,11 +116,11 @@ def test_one_training_window_is_enough(setting: Setting) -> None:
 def test_an_attention_that_gives_its_target_makes_up_for_the_layers_below(variant: str, tmp_path: Path) -> None:
     """Also where a multiplier stands between attention and residual stream (Granite). Not where a norm does (Gemma, OLMo 2),
     nor where the feed-forward part reads the stream beside the attention (GPT-NeoX)."""
-    plan = make_plan(CheckpointIndex.open(build_checkpoint(tmp_path / "source", variant)), ConvertOptions(rank=4))
+    opened = open_source(CheckpointIndex.open(build_checkpoint(tmp_path / "source", variant)))
     ids = random_ids(2, 16)
     windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
-    view = next(SourceStream(plan, windows, torch.device("cpu")).layers())
-    source = read_attention(plan, TensorReader(plan.index), 0, torch.device("cpu"))
+    view = next(SourceStream(opened, windows, torch.device("cpu")).layers())
+    source = read_attention(opened, TensorReader(opened.index), 0, torch.device("cpu"))
     before = view.inputs
     inputs = before + 0.3 * torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
     output = source_output(source, view.normed(before), view.context())

@@ -1,6 +1,7 @@
 """`xeco-convert sweep`: a row for each size, on stdout, as JSON and as a page; what cannot be met is told, not a crash."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.cli import main
 from xeco_convert.demo import MODEL_FOLDER
-from xeco_convert.inits import calibrated
-from xeco_convert.inits.calibrated import CalibratedInitialisation
+from xeco_convert.inits.calibrated import measurements
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
 from xeco_convert.sweep import SweepReport, parse_sizes, sweep, sweep_page
@@ -57,14 +57,14 @@ def test_a_second_size_reuses_text_and_statistics_and_changes_nothing(
     report: SweepReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(CheckpointIndex.open(MODEL_FOLDER), ConvertOptions(kv_size="50%", calibration_tokens=TOKENS))
-    alone = CalibratedInitialisation(plan, torch.device("cpu"), lambda what, share: None)
-    alone.final_plan()
-    assert [layer.layer for layer in alone.layers()] == [0, 1, 2, 3]
+    begin = partial(plan.options.initialisation.begin, plan, torch.device("cpu"), lambda what, share: None)
+    alone = begin()
+    final = plan.with_widths_of(alone)
+    assert [layer.layer for layer in alone.layers(final)] == [0, 1, 2, 3]
     assert alone.summary()["fidelity"] == report.points[2].fidelity
-    for name in ("sample_windows", "StatisticsAccumulator"):
-        monkeypatch.setattr(calibrated, name, None)  # asked for once more, this fails
-    again = CalibratedInitialisation(plan, torch.device("cpu"), lambda what, share: None, measured_by=alone)
-    assert next(iter(again.layers())).layer == 0
+    for name in ("calibration_windows", "StatisticsAccumulator"):
+        monkeypatch.setattr(measurements, name, None)  # asked for once more, this fails
+    assert next(iter(begin(measured_by=alone).layers(final))).layer == 0
 
 
 def test_the_command_prints_the_table_and_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ Imports torch and transformers only where a command needs them, so that --help a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import warnings
@@ -21,17 +20,18 @@ from xeco_convert.command import Replaced, run_command, say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError, XecoWarning
 from xeco_convert.options import ConvertOptions
 from xeco_convert.progress import progress
+from xeco_convert.ranks import Widths
 from xeco_convert.report import format_cell
+from xeco_convert.settings import choices_of, default_of, flag_of, help_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xeco_convert.export import ExportReport
-    from xeco_convert.modeling.layer_xeco import MlaShape
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.report import ConversionReport
 
-_TYPES: dict[str, Any] = {"int": int, "int | None": int, "float | None": float, "str | None": str, "str": str}
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 # A sweep makes no output and chooses the widths itself.
 _SWEEP_OPTIONS = (
     *("calibration", "calibration_tokens", "seed", "refine", "refine_steps", "refine_minutes"),
@@ -50,19 +50,19 @@ Result on stdout, progress and messages on stderr. Exit code 2: change the comma
 
 def _with_convert_options(command: Callable[..., Any], names: Sequence[str] | None = None) -> Callable[..., Any]:
     """Add one click option for each field of ConvertOptions, or for those of these names."""
-    for field in reversed(dataclasses.fields(ConvertOptions)):
+    for field in reversed(ConvertOptions.fields().values()):
         if names is not None and field.name not in names:
             continue
-        flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        flag, help_text = flag_of(field.name), help_of(field)
         if field.type == "bool":
             command = click.option(flag, is_flag=True, help=help_text)(command)
             continue
-        choices = field.metadata["choices"]
+        choices = choices_of(field)
         command = click.option(
             flag,
-            type=click.Choice(choices) if choices else _TYPES[str(field.type)],
-            default=field.default,
-            show_default=field.default is not None,
+            type=click.Choice(choices) if choices else _TYPES[str(field.type).removesuffix(" | None")],
+            default=default_of(field),
+            show_default=default_of(field) is not None,
             metavar=field.metadata["metavar"],
             help=help_text,
         )(command)
@@ -120,8 +120,10 @@ def convert_command(
         raise OptionError("OUT is missing: give the folder to write, as in `xeco-convert IN OUT --rank 128`.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
+    from xeco_convert.conversion import convert_as_planned, plan_conversion
+
     with _warnings(quiet):
-        plan = _make_plan(source, output, options)
+        plan = plan_conversion(source, output, options)
         if not quiet:
             _show_plan(plan, on_stdout=dry_run)
         if dry_run:
@@ -129,17 +131,15 @@ def convert_command(
             return
         assert output is not None
         say_when_interrupted(_interrupted_conversion(output, options))
-        from xeco_convert.conversion import convert
-
         with progress(quiet) as on_progress:
-            report = convert(source, output, options, on_progress=on_progress)
+            report = convert_as_planned(plan, output, on_progress=on_progress)
     _write_json(json_file, report.to_dict())
     if not quiet:
         _show_report(report)
 
 
 def _interrupted_conversion(output: Path, options: ConvertOptions) -> Callable[[], str]:
-    return _interrupted_output(output, "." if options.init == "paper" else _kept_work(options.work_dir))
+    return _interrupted_output(output, options.initialisation.when_interrupted())
 
 
 def _interrupted_output(output: Path, kept: str) -> Callable[[], str]:
@@ -150,13 +150,6 @@ def _interrupted_output(output: Path, kept: str) -> Callable[[], str]:
         if written
         else f"interrupted; nothing was written{kept}"
     )
-
-
-def _kept_work(work_dir: str | None) -> str:
-    """The rest of a sentence: what is left of a calibrated run, and how it goes on."""
-    if work_dir is None:
-        return ". With --work-dir FOLDER finished layers are kept, and the same command goes on from them."
-    return f"; what was finished is kept in {work_dir}, and the same command continues from there."
 
 
 @click.command()
@@ -232,7 +225,8 @@ def sweep_command(
     from xeco_convert.sweep import COLUMNS, parse_sizes, sweep, sweep_page
 
     sizes = parse_sizes(kv_sizes)
-    say_when_interrupted(f"interrupted; nothing was written{_kept_work(fields['work_dir'])}")
+    options = ConvertOptions(kv_size="100%", **fields)
+    say_when_interrupted(f"interrupted; nothing was written{options.initialisation.when_interrupted()}")
     with _warnings(quiet), progress(quiet) as on_progress:
         report = sweep(source, sizes, on_progress=on_progress, **fields)
     _write_json(json_file, report.to_dict())
@@ -357,28 +351,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_command(command, given, name)
 
 
-def _make_plan(source: str, output: Path | None, options: ConvertOptions) -> ConversionPlan:
-    from xeco_convert.checkpoint.index import CheckpointIndex
-    from xeco_convert.checkpoint.output import check_output
-    from xeco_convert.plan import make_plan
-
-    index = CheckpointIndex.open(source, options.revision)
-    if output is not None:
-        check_output(output, index.folder, overwrite=options.overwrite)
-    return make_plan(index, options)
-
-
 def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
     """The plan as JSON types, as --dry-run --json writes it."""
     headers = plan.output_headers()
     return {
         "model_type": plan.source.model_type,
         "dtype": plan.dtype,
-        "ranks_are_final": plan.ranks_are_final,
+        "ranks_are_final": plan.widths_are_final,
         "layers": [
             {
                 "layer": item.layer,
-                "converted": item.shape is not None,
+                "converted": item in plan.converted,
                 "kv_numbers_before": before,
                 "kv_numbers_after": after,
             }
@@ -394,30 +377,27 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
-    geometry, options = plan.geometry, plan.options
-    shape = next((item.shape for item in plan.layers if item.shape is not None), None)
+    source, geometry, options, shape = plan.source, plan.source.geometry, plan.options, plan.converted[0].shape
     lines = [
-        f"{plan.index.folder}: {plan.source.model_type}, {geometry.num_hidden_layers} layers, "
+        f"{source.index.folder}: {source.model_type}, {geometry.num_hidden_layers} layers, "
         f"hidden_size {geometry.hidden_size}, {geometry.num_attention_heads} heads in "
         f"{geometry.num_key_value_heads} key/value groups of head_dim {geometry.head_dim}"
     ]
-    if shape is not None:
-        query = "" if shape.q_lora_rank is None else f", q_lora_rank {shape.q_lora_rank}"
+    query = "" if shape.q_lora_rank is None else f", q_lora_rank {shape.q_lora_rank}"
+    lines.append(
+        f"{options.init}: {len(plan.converted)} of {len(plan.layers)} layers get {_widths_in_words(plan)}, "
+        f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
+    )
+    facts, budget = plan.cache_facts, plan.kv_budget
+    before = facts.numbers_before
+    after = sum(plan.kv_numbers_per_token()) if budget is None else min(before, budget + facts.numbers_kept)
+    windows = plan.kept_windows
+    if windows:
         lines.append(
-            f"{options.init}: {len(plan.converted_layers)} of {len(plan.layers)} layers get {_widths_in_words(plan, shape)}, "
-            f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
+            f"{len(windows)} layers keep their sliding window of {windows[0].window} tokens: their cache does not "
+            f"grow with the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
         )
-    numbers = plan.source_kv_numbers_per_token()
-    kept = sum(numbers[item.layer] for item in plan.layers if item.shape is None)
-    before = sum(numbers)
-    after = sum(plan.kv_numbers_per_token()) if plan.kv_budget is None else min(before, plan.kv_budget + kept)
-    if plan.kept_windows:
-        window = plan.layers[plan.kept_windows[0]].window
-        lines.append(
-            f"{len(plan.kept_windows)} layers keep their sliding window of {window} tokens: their cache does not grow with "
-            f"the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
-        )
-    bound = "" if plan.ranks_are_final else "at most "
+    bound = "" if plan.widths_are_final else "at most "
     parameters, products = plan.exact_key_cost()
     if parameters:
         lines.append(
@@ -438,13 +418,12 @@ def _show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
         click.echo(line, err=not on_stdout)
 
 
-def _widths_in_words(plan: ConversionPlan, shape: MlaShape) -> str:
+def _widths_in_words(plan: ConversionPlan) -> str:
     """The widths of the converted layers, or how they will be chosen."""
-    if plan.kv_budget is not None:
-        return f"kv_lora_rank and qk_rope_head_dim by sensitivity, ranks in steps of {plan.rank_multiple}"
-    rank = f"{shape.kv_lora_rank}" if plan.ranks_are_final else f"by energy {plan.options.energy}"
+    shape = plan.converted[0].shape
+    widths = Widths(kv_lora_rank=shape.kv_lora_rank, qk_rope_head_dim=shape.qk_rope_head_dim)
     default = " (default)" if plan.options.rope_dim is None else ""
-    return f"kv_lora_rank {rank}, qk_rope_head_dim {shape.qk_rope_head_dim}{default}"
+    return plan.options.policy.describe(plan.cache_facts, widths, default)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from xeco_convert.checkpoint.output import check_output
 from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.errors import OptionError, first_line
 from xeco_convert.families import FamilySpec
-from xeco_convert.inits import ConvertedLayer, Progress, initialisation_for
+from xeco_convert.initialisation import ConvertedLayer, Progress
 from xeco_convert.model_card import model_card
 from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MULTIMODAL, auto_map, multimodal_auto_map
+from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.options import ConvertOptions, parse_size
-from xeco_convert.plan import ConversionPlan, make_plan, num_parameters
+from xeco_convert.plan import ConversionPlan, PlannedLayer, make_plan, num_parameters
 from xeco_convert.pretrained import without_empty_settings
 from xeco_convert.report import ConversionReport, LayerReport
 from xeco_convert.report_page import report_page
@@ -57,17 +59,32 @@ def convert(
             f"convert: give options either as an object or as fields, not both (found {', '.join(fields)})."
         )
     options = options if options is not None else ConvertOptions(**fields)
-    device = device_by_name(options.device)
+    report = convert_as_planned(plan_conversion(source, output, options), output, on_progress=on_progress)
+    return dataclasses.replace(report, source=str(source), seconds=time.monotonic() - started)
+
+
+def plan_conversion(source: str | Path, output: str | Path | None, options: ConvertOptions) -> ConversionPlan:
+    """What `convert` would do, from headers alone; with `output`, whether that folder can be written. Raises as `convert`."""
     index = CheckpointIndex.open(source, options.revision)
-    check_output(Path(output), index.folder, overwrite=options.overwrite)
-    plan = make_plan(index, options)
+    if output is not None:
+        device_by_name(options.device)
+        check_output(Path(output), index.folder, overwrite=options.overwrite)
+    return make_plan(index, options)
+
+
+def convert_as_planned(
+    plan: ConversionPlan, output: str | Path, *, on_progress: Progress | None = None
+) -> ConversionReport:
+    """Do what the plan says and write the folder `output`; the rest as for `convert`."""
+    started, index = time.monotonic(), plan.source.index
+    device = device_by_name(plan.options.device)
+    shapes = {item.layer: item.shape for item in plan.converted}
     # widths may still change, by which no tokenizer is chosen
-    with prepared_companions(index, output_config(plan)) as companions:
-        run = _Conversion(plan, device, on_progress or (lambda what, share: None), companions)
-        report = run.write(Path(output))
+    with prepared_companions(index, output_config(plan, shapes)) as companions:
+        report = _Conversion(plan, device, on_progress or (lambda what, share: None), companions).write(Path(output))
     return dataclasses.replace(
         report,
-        source=str(source),
+        source=index.hub_id or str(index.folder),
         output=str(output),
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory_bytes(),
@@ -75,40 +92,43 @@ def convert(
 
 
 class _Conversion:
-    """One run over a plan: takes each layer from the initialisation, writes it, forgets it.
+    """One run over a plan: takes each layer from the initialisation, writes it, keeps its widths and report.
 
     `companions`: a folder with the files of the source that are written beside the weights."""
 
     def __init__(self, plan: ConversionPlan, device: torch.device, on_progress: Progress, companions: Path) -> None:
         self._plan = plan
-        self._reader = TensorReader(plan.index)
+        self._reader = TensorReader(plan.source.index)
         self._device = device
         self._on_progress = on_progress
         self._companions = companions
+        # what came out, by layer
+        self._shapes: dict[int, MlaShape] = {}
         self._layer_reports: dict[int, LayerReport] = {}
 
     def write(self, output: Path) -> ConversionReport:
         """Do it, and give the report without what depends on the machine."""
-        initialisation = initialisation_for(self._plan, self._device, self._layer_progress)
-        self._plan = initialisation.final_plan()
         options = self._plan.options
-        checker = LayerChecker(self._plan) if options.verify else None
-        checked = sampled_layers(self._plan.converted_layers) if options.verify else ()
+        maker = options.initialisation.begin(self._plan, self._device, self._layer_progress)
+        self._plan = self._plan.with_widths_of(maker)
+        checker = LayerChecker(self._plan.source) if options.verify else None
+        checked = sampled_layers([item.layer for item in self._plan.converted])
         checks: dict[int, tuple[float, float]] = {}
         headers = self._plan.output_headers()
         writer = CheckpointWriter(
             output, headers, max_shard_bytes=parse_size(options.max_shard_size), overwrite=options.overwrite
         )
         with writer:
-            for layer in initialisation.layers():
-                self._write_layer(layer, writer)
+            planned = {item.layer: item for item in self._plan.converted}
+            for layer in maker.layers(self._plan):
+                self._write_layer(planned[layer.layer], layer, writer)
                 if checker is not None and layer.layer in checked:
-                    shape = self._plan.layers[layer.layer].shape
-                    assert shape is not None
-                    checks[layer.layer] = checker.check(layer.layer, layer.source, layer.factors, shape)
+                    checks[layer.layer] = checker.check(
+                        layer.layer, layer.source, layer.factors, self._shapes[layer.layer]
+                    )
             self._copy_rest(writer)
             self._write_companions(writer)
-            report = self._report(headers, initialisation.summary()).with_checks(checks)
+            report = self._report(headers, maker.summary()).with_checks(checks)
             if options.verify:
                 self._on_progress("verifying", 1.0)
                 writer.flush()
@@ -119,13 +139,23 @@ class _Conversion:
     def _layer_progress(self, what: str, share: float) -> None:
         self._on_progress(what, (1 - _COPY_SHARE) * share)
 
-    def _write_layer(self, layer: ConvertedLayer, writer: CheckpointWriter) -> None:
-        self._plan = self._plan.with_rope_index(layer.layer, layer.factors.rope_index)
-        tensors = layer.factors.state_dict()
-        for header in self._plan.converted_headers(layer.layer):
-            name = header.name.removeprefix(f"{self._plan.module_name(layer.layer)}.")
-            writer.write(header.name, [self._cast(tensors[name], header)])
-        self._layer_reports[layer.layer] = self._layer_report(layer.layer, layer)
+    def _write_layer(self, planned: PlannedLayer, layer: ConvertedLayer, writer: CheckpointWriter) -> None:
+        shape = dataclasses.replace(planned.shape, rope_index=layer.factors.rope_index)
+        tensors, module = layer.factors.state_dict(), self._plan.source.family.module_name(layer.layer)
+        for header in self._plan.converted_headers(planned):
+            writer.write(header.name, [self._cast(tensors[header.name.removeprefix(f"{module}.")], header)])
+        before = self._plan.source_kv_numbers_per_token()[layer.layer]
+        self._shapes[layer.layer] = shape
+        self._layer_reports[layer.layer] = LayerReport(
+            layer=layer.layer,
+            kv_lora_rank=shape.kv_lora_rank,
+            qk_rope_head_dim=shape.qk_rope_head_dim,
+            key_error=layer.errors.key,
+            value_error=layer.errors.value,
+            kv_numbers_before=before,
+            kv_numbers_after=shape.cache_width,
+            details=layer.details,
+        )
 
     def _copy_rest(self, writer: CheckpointWriter) -> None:
         """Everything that is not converted, piece by piece, in the dtype of the output."""
@@ -145,32 +175,19 @@ class _Conversion:
             )
         return cast
 
-    def _layer_report(self, number: int, layer: ConvertedLayer | None) -> LayerReport:
-        kept = self._plan.source_kv_numbers_per_token()[number]
-        shape = self._plan.layers[number].shape
-        return LayerReport(
-            layer=number,
-            kv_lora_rank=shape.kv_lora_rank if shape else None,
-            qk_rope_head_dim=shape.qk_rope_head_dim if shape else None,
-            key_error=layer.errors.key if layer else None,
-            value_error=layer.errors.value if layer else None,
-            kv_numbers_before=kept,
-            kv_numbers_after=shape.cache_width if shape else kept,
-            details=layer.details if layer else {},
-        )
-
     def _report(self, headers: list[TensorHeader], summary: dict[str, Any]) -> ConversionReport:
         plan = self._plan
-        layers = (self._layer_reports.get(item.layer) or self._layer_report(item.layer, None) for item in plan.layers)
+        numbers = plan.source_kv_numbers_per_token()
+        layers = self._layer_reports | {item.layer: _kept(item.layer, numbers[item.layer]) for item in plan.kept}
         return ConversionReport(
             source="",
             output="",
             init=plan.options.init,
             model_type=f"{MODEL_TYPE_PREFIX}{plan.source.model_type}",
             dtype=plan.dtype,
-            layers=tuple(layers),
+            layers=tuple(layers[number] for number in sorted(layers)),
             kv_bytes_per_number=DTYPE_BYTES[plan.dtype],
-            parameters_before=num_parameters(list(plan.index.headers.values())),
+            parameters_before=num_parameters(list(plan.source.index.headers.values())),
             parameters_after=num_parameters(headers),
             dropped=plan.dropped,
             summary={**summary, **_exact_keys(plan)},
@@ -182,15 +199,27 @@ class _Conversion:
             writer.copy_file(self._companions / relative, relative)
         for name, file in code_files().items():
             writer.copy_file(file, Path(name))
-        writer.write_text("config.json", json.dumps(output_config(self._plan), indent=2) + "\n")
+        writer.write_text("config.json", json.dumps(output_config(self._plan, self._shapes), indent=2) + "\n")
 
     def _write_report(self, writer: CheckpointWriter, report: ConversionReport) -> None:
         """What was done: report, page, model card."""
-        index = self._plan.index
+        index = self._plan.source.index
         writer.write_text(REPORT_FILE, json.dumps(report.reproducible(), indent=2) + "\n")
         named = dataclasses.replace(report, source=index.hub_id or index.folder.name)
         writer.write_text(PAGE_FILE, report_page(named))
         writer.write_text("README.md", model_card(self._plan, report))
+
+
+def _kept(layer: int, kv_numbers: int) -> LayerReport:
+    return LayerReport(
+        layer=layer,
+        kv_lora_rank=None,
+        qk_rope_head_dim=None,
+        key_error=None,
+        value_error=None,
+        kv_numbers_before=kv_numbers,
+        kv_numbers_after=kv_numbers,
+    )
 
 
 def _exact_keys(plan: ConversionPlan) -> dict[str, Any]:
@@ -199,16 +228,16 @@ def _exact_keys(plan: ConversionPlan) -> dict[str, Any]:
     return {"exact_keys": {"parameters": parameters, "multiplications_per_token": products}} if parameters else {}
 
 
-def output_config(plan: ConversionPlan) -> dict[str, Any]:
-    """config.json of the output: the source's own, with an honest model_type and the widths of every layer."""
-    source, index, options = plan.source, plan.index, plan.options
+def output_config(plan: ConversionPlan, shapes: Mapping[int, MlaShape]) -> dict[str, Any]:
+    """config.json of the output: the source's own, with an honest model_type and the widths of every converted layer."""
+    source, index, options = plan.source, plan.source.index, plan.options
     config = _with_dtype(without_empty_settings(index.config), options.dtype)
     config.pop("_name_or_path", None)
-    names = ("init", "rank", "energy", "fixed_ends", "kv_size", "kv_bytes_per_token", "refine", "layers")
-    given = {name: getattr(options, name) for name in names}
+    recorded = [name for name, item in options.fields().items() if item.metadata["recorded"]]
+    values = options.values()
     return {
         **config,
-        **(_text_model(plan) if source.wrapper is None else _whole_model(plan, source.wrapper)),
+        **(_text_model(plan, shapes) if source.wrapper is None else _whole_model(plan, shapes, source.wrapper)),
         "conversion": {
             "format_version": FORMAT_VERSION,
             "tool": f"xeco-convert {__version__}",
@@ -217,7 +246,7 @@ def output_config(plan: ConversionPlan) -> dict[str, Any]:
                 "path": index.hub_id or str(index.folder),
                 "revision": index.revision,
             },
-            "options": {name: value for name, value in given.items() if value not in (None, False)},
+            "options": {name: values[name] for name in recorded if values[name] not in (None, False)},
         },
     }
 
@@ -240,16 +269,17 @@ def wrapper_identity(model_type: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def _text_model(plan: ConversionPlan) -> dict[str, Any]:
+def _text_model(plan: ConversionPlan, shapes: Mapping[int, MlaShape]) -> dict[str, Any]:
     """What config.json of a converted text model says of its own."""
-    layers = [None if item.shape is None else item.shape.to_dict() for item in plan.layers]
-    return {**model_identity(plan.family), "mla_layers": layers}
+    layers = range(plan.source.geometry.num_hidden_layers)
+    entries = [shapes[layer].to_dict() if layer in shapes else None for layer in layers]
+    return {**model_identity(plan.source.family), "mla_layers": entries}
 
 
-def _whole_model(plan: ConversionPlan, prefix: str) -> dict[str, Any]:
+def _whole_model(plan: ConversionPlan, shapes: Mapping[int, MlaShape], prefix: str) -> dict[str, Any]:
     """The same of a model around it; the text model's fields as transformers resolved them, since the wrapper's defaults for
     what its file leaves out may be others than those of the text model's own class."""
-    text = {**plan.source.values, **_text_model(plan)}
+    text = {**plan.source.values, **_text_model(plan, shapes)}
     return {
         **wrapper_identity(plan.source.model_type, prefix),
         "text_config": _with_dtype(text, plan.options.dtype),

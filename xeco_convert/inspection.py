@@ -42,7 +42,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         )
     width = family.geometry(values).cache_width
     kept = [
-        0 if entry is None and family.window(values, number) is not None else width
+        0 if entry is None and family.keeps_windows and family.window(values, number) is not None else width
         for number, entry in enumerate(entries)
     ]
     report = _report(Path(folder))

@@ -36,25 +36,20 @@ Ranks, errors and sizes of every layer are in `xeco_report.json`; `xeco-convert 
 """
 _TEXT = {"model_class": "AutoModelForCausalLM", "input_class": "AutoTokenizer", "inputs": "tokenizer"}
 _IMAGES = {"model_class": "AutoModelForImageTextToText", "input_class": "AutoProcessor", "inputs": "processor"}
-_ADVICE = {
-    "calibrated": "Factors in closed form from the source's own activations (xeco-convert's calibrated initialisation).",
-    "paper": "This is the published initialisation of X-EcoMLA (arXiv 2503.11132): it is meant to be healed by distillation "
-    "(`xeco-distill`) before use, and does not write sensible text until then.",
-}
 
 
 def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
     """Text of the card, with the metadata that the Hugging Face hub reads."""
     ranks = sorted({layer.kv_lora_rank for layer in report.layers if layer.kv_lora_rank is not None})
     span = f"kv_lora_rank {ranks[0]}" if len(ranks) == 1 else f"kv_lora_rank {ranks[0]} to {ranks[-1]}"
-    source = plan.index.hub_id or plan.index.folder.name
+    source = plan.source.index.hub_id or plan.source.index.folder.name
     body = _BODY.format(
         title=f"{source.rpartition('/')[2]} with latent attention",
         source=source,
         source_type=plan.source.model_type,
         **(_TEXT if plan.source.wrapper is None else _IMAGES),
         version=__version__,
-        converted=len(plan.converted_layers),
+        converted=len(plan.converted),
         total=len(plan.layers),
         before=report.kv_bytes_before,
         after=report.kv_bytes_after,
@@ -64,7 +59,7 @@ def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
         step0=_step0(report),
         init=report.init,
         ranks=span,
-        advice=_ADVICE[report.init],
+        advice=plan.options.initialisation.advice,
     )
     return _front_matter(plan) + body
 
@@ -86,8 +81,8 @@ def _front_matter(plan: ConversionPlan) -> str:
 
     data: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "xeco-convert"]}
     data.update(_inherited(plan))
-    if plan.index.hub_id is not None:
-        data["base_model"] = plan.index.hub_id
+    if plan.source.index.hub_id is not None:
+        data["base_model"] = plan.source.index.hub_id
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
 
 
@@ -95,7 +90,7 @@ def _inherited(plan: ConversionPlan) -> dict[str, Any]:
     """Licence and languages that the source's own card states: they hold for what is made from it."""
     from huggingface_hub import metadata_load
 
-    card = plan.index.folder / "README.md"
+    card = plan.source.index.folder / "README.md"
     try:
         stated = (metadata_load(card) if card.is_file() else None) or {}
     except ValueError:  # a card with broken front matter says nothing that could be passed on

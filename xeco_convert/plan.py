@@ -7,157 +7,142 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex, TensorHeader
 from xeco_convert.checkpoint.dtypes import STORED_AS
-from xeco_convert.errors import OptionError, UnsupportedModelError
-from xeco_convert.families import AttentionGeometry, FamilySpec, LayerKind
+from xeco_convert.errors import OptionError
+from xeco_convert.families import LayerKind
 from xeco_convert.families.spec import FUSED, PROJECTIONS
 from xeco_convert.modeling.layer_xeco import MlaShape
-from xeco_convert.options import ConvertOptions, parse_layers, parse_share
-from xeco_convert.ranks.budget import Widths, default_multiple, rope_step
+from xeco_convert.options import ConvertOptions, parse_layers
+from xeco_convert.ranks import CacheFacts, Widths, WidthSurvey
+from xeco_convert.settings import require_at_most
 from xeco_convert.source import SourceModel, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlan:
-    """One layer: the widths it gets, or None where it keeps its attention."""
+class KeptLayer:
+    """A layer that keeps its attention."""
 
     layer: int
-    shape: MlaShape | None
     kind: LayerKind
 
     @property
     def window(self) -> int | None:
-        """The sliding window of a layer that keeps its attention because its cache does not grow beyond that."""
-        return self.kind.window if self.shape is None else None
+        """Its sliding window, where that is why it is kept: its cache does not grow beyond it."""
+        return self.kind.window if self.kind.keeps_window else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """A layer to convert, and the widths that it gets: upper bounds where the plan's are not final. Which frequencies its
+    rotary pairs use is no part of a plan; that comes out of the conversion."""
+
+    layer: int
+    kind: LayerKind
+    shape: MlaShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """What a conversion will do. `ranks_are_final` is False while a policy still has to look at the spectra: the ranks
-    given are upper bounds then."""
+    """What a conversion will do. `widths_are_final` is False while the rank policy still has to look at the source."""
 
     source: SourceModel
     options: ConvertOptions
-    layers: tuple[LayerPlan, ...]
+    converted: tuple[PlannedLayer, ...]
+    kept: tuple[KeptLayer, ...]
     copied: tuple[TensorHeader, ...]
     dropped: tuple[str, ...]
-    ranks_are_final: bool
+    widths_are_final: bool
 
     @property
-    def index(self) -> CheckpointIndex:
-        return self.source.index
-
-    @property
-    def family(self) -> FamilySpec:
-        return self.source.family
-
-    @property
-    def geometry(self) -> AttentionGeometry:
-        return self.source.geometry
-
-    @property
-    def converted_layers(self) -> tuple[int, ...]:
-        return tuple(plan.layer for plan in self.layers if plan.shape is not None)
+    def layers(self) -> tuple[PlannedLayer | KeptLayer, ...]:
+        """All layers of the model, in their order."""
+        both: list[PlannedLayer | KeptLayer] = [*self.converted, *self.kept]
+        return tuple(sorted(both, key=lambda item: item.layer))
 
     @property
     def dtype(self) -> str:
         """Dtype of all weights written, in safetensors' words: the option's, or the source's first query projection's."""
         if self.options.dtype is not None:
             return STORED_AS[self.options.dtype]
-        return self.index.headers[f"{self.projection(self.family.projections[0], 0)}.weight"].dtype
+        source = self.source
+        return source.index.headers[f"{source.projection(source.family.projections[0], 0)}.weight"].dtype
 
-    def projection(self, which: str, layer: int) -> str:
-        """Name of a source projection, without .weight."""
-        return self.family.attention[which].format(layer=layer)
-
-    def module_name(self, layer: int) -> str:
-        """Name of the attention module that holds the projections."""
-        return self.family.module_name(layer)
-
-    def converted_headers(self, layer: int) -> list[TensorHeader]:
+    def converted_headers(self, item: PlannedLayer) -> list[TensorHeader]:
         """Tensors that replace the attention of a converted layer."""
-        shape = self.layers[layer].shape
-        assert shape is not None
-        module = self.module_name(layer)
-        return [TensorHeader(name=f"{module}.{n}", dtype=self.dtype, shape=s) for n, s in shape.tensors().items()]
+        module = self.source.family.module_name(item.layer)
+        sizes = item.shape.tensors().items()
+        return [TensorHeader(name=f"{module}.{name}", dtype=self.dtype, shape=size) for name, size in sizes]
 
     def output_headers(self) -> list[TensorHeader]:
         """All tensors of the output, in the order of the source's layers: outer tensors, then layer by layer."""
-        converted = [header for layer in self.converted_layers for header in self.converted_headers(layer)]
+        converted = [header for item in self.converted for header in self.converted_headers(item)]
         return sorted([*self.copied, *converted], key=lambda header: _natural(header.name))
 
     def kv_numbers_per_token(self) -> list[int]:
         """Numbers that each layer of the output caches per token."""
-        return [
-            before if plan.shape is None else plan.shape.cache_width
-            for plan, before in zip(self.layers, self.source_kv_numbers_per_token(), strict=True)
-        ]
+        shapes = {item.layer: item.shape for item in self.converted}
+        before = self.source_kv_numbers_per_token()
+        return [shapes[layer].cache_width if layer in shapes else number for layer, number in enumerate(before)]
 
     def source_kv_numbers_per_token(self) -> list[int]:
         """The same of the source. A layer that keeps its sliding window counts nothing: its cache does not grow with the
         text, and no conversion changes it."""
-        return [0 if plan.window is not None else self.geometry.cache_width for plan in self.layers]
+        windows = {item.layer for item in self.kept if item.window is not None}
+        geometry = self.source.geometry
+        return [0 if layer in windows else geometry.cache_width for layer in range(geometry.num_hidden_layers)]
 
     def exact_key_cost(self) -> tuple[int, int]:
         """What keys behind their norm cost beside a plain projection to the latent: parameters more (the source's k_proj,
         k_norm and v_proj, less what a projection from the input would have), and multiplications more for each token written."""
         parameters = products = 0
-        for item in self.layers:
-            if item.shape is not None and item.shape.k_norm is not None:
-                own, plain = item.shape.tensors(), dataclasses.replace(item.shape, k_norm=None).tensors()
-                sizes = [
-                    {name: math.prod(size) for name, size in tensors.items() if name.endswith(".weight")}
-                    for tensors in (own, plain)
-                ]
-                parameters += sum(sizes[0].values()) - sum(sizes[1].values())
-                matrices = [{n: s for n, s in one.items() if "norm" not in n} for one in sizes]
-                products += sum(matrices[0].values()) - sum(matrices[1].values())
+        for shape in (item.shape for item in self.converted if item.shape.k_norm is not None):
+            exact, plain = shape.tensors(), dataclasses.replace(shape, k_norm=None).tensors()
+            parameters += _num_weights(exact) - _num_weights(plain)
+            products += _num_weights(exact, matrices_only=True) - _num_weights(plain, matrices_only=True)
         return parameters, products
 
     @property
-    def kept_windows(self) -> tuple[int, ...]:
+    def kept_windows(self) -> tuple[KeptLayer, ...]:
         """Layers that keep their attention because of its sliding window."""
-        return tuple(plan.layer for plan in self.layers if plan.window is not None)
+        return tuple(item for item in self.kept if item.window is not None)
 
-    def with_widths(self, widths: Sequence[Widths]) -> ConversionPlan:
-        """The plan with the policy's choice, one for each converted layer."""
-        chosen = dict(zip(self.converted_layers, widths, strict=True))
-        layers = tuple(
-            dataclasses.replace(plan, shape=_with_widths(plan.shape, chosen[plan.layer]))
-            if plan.shape is not None
-            else plan
-            for plan in self.layers
+    def with_widths_of(self, survey: WidthSurvey) -> ConversionPlan:
+        """The plan with the widths that the rank policy chooses by what `survey` measures; itself where they are final."""
+        if self.widths_are_final:
+            return self
+        rope_dims = [item.shape.qk_rope_head_dim for item in self.converted]
+        chosen = self.options.policy.widths(survey, self.cache_facts, rope_dims)
+        converted = tuple(
+            dataclasses.replace(item, shape=_with_widths(item.shape, widths))
+            for item, widths in zip(self.converted, chosen, strict=True)
         )
-        return dataclasses.replace(self, layers=layers, ranks_are_final=True)
-
-    def with_rope_index(self, layer: int, rope_index: tuple[int, ...] | None) -> ConversionPlan:
-        """The plan with the rotary frequencies that a layer's factorisation chose."""
-        layers = list(self.layers)
-        shape = layers[layer].shape
-        assert shape is not None
-        layers[layer] = dataclasses.replace(layers[layer], shape=dataclasses.replace(shape, rope_index=rope_index))
-        return dataclasses.replace(self, layers=tuple(layers))
+        return dataclasses.replace(self, converted=converted, widths_are_final=True)
 
     @property
     def kv_budget(self) -> int | None:
         """Numbers per token that the converted layers may cache together; None where no KV size was asked for."""
-        options, before = self.options, self.source_kv_numbers_per_token()
-        if options.kv_size is not None:
-            total = int(parse_share(options.kv_size) * sum(before) + 1e-9)
-        elif options.kv_bytes_per_token is not None:
-            total = options.kv_bytes_per_token // DTYPE_BYTES[self.dtype]
-        else:
-            return None
-        return total - sum(before[plan.layer] for plan in self.layers if plan.shape is None)
+        return self.options.policy.budget(self.cache_facts)
 
     @property
-    def rank_multiple(self) -> int:
-        """Step of the widths that a KV budget is split into."""
-        return self.options.rank_multiple or default_multiple(self.geometry.cache_width)
+    def cache_facts(self) -> CacheFacts:
+        """What the rank policy knows of the source."""
+        geometry, before = self.source.geometry, self.source_kv_numbers_per_token()
+        rotated = max(item.kind.rotary_dim for item in self.converted)
+        same_widths = self.options.portable
+        return CacheFacts(
+            cache_width=geometry.cache_width,
+            num_layers=len(self.converted),
+            numbers_before=sum(before),
+            numbers_kept=sum(before[item.layer] for item in self.kept),
+            number_bytes=DTYPE_BYTES[self.dtype],
+            full_rank=full_rank_of(self.source, self.options),
+            most_rope_dim=rotated if same_widths else geometry.num_key_value_heads * rotated,
+            same_widths=same_widths,
+        )
 
 
 def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan:
@@ -166,72 +151,51 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
     Raises `UnsupportedModelError`, `CheckpointError` or `OptionError`; reads no weight.
     """
     source = open_source(index)
-    index, family, geometry, kinds = source.index, source.family, source.geometry, source.kinds
-    chosen = _chosen_layers(options, geometry, kinds)
+    chosen = _chosen_layers(options, source)
     biases = _biases(source, options)
     if options.portable:
         _check_portable(source, biases, chosen)
-    if options.init == "paper":
-        _check_paper(family, geometry, kinds)
-    converted = {
-        f"{name.format(layer=layer)}.{part}"
+    options.initialisation.check_source(source)
+    replaced = {
+        f"{source.projection(which, layer)}.{part}"
         for layer in chosen
-        for name in family.attention.values()
+        for which in source.family.attention
         for part in ("weight", "bias")
     }
-    headers = (header for name, header in index.headers.items() if name not in converted)
-    copied = tuple(_stored_as(header, options) for header in headers)
+    headers = (header for name, header in source.index.headers.items() if name not in replaced)
     plan = ConversionPlan(
         source=source,
         options=options,
-        layers=tuple(
-            LayerPlan(
-                layer=layer,
-                shape=_layer_shape(options, biases, source, kind) if layer in chosen else None,
-                kind=kind,
+        converted=tuple(
+            PlannedLayer(
+                layer=layer, kind=source.kinds[layer], shape=_layer_shape(options, biases, source, source.kinds[layer])
             )
-            for layer, kind in enumerate(kinds)
+            for layer in chosen
         ),
-        copied=copied,
+        kept=tuple(KeptLayer(layer=layer, kind=kind) for layer, kind in enumerate(source.kinds) if layer not in chosen),
+        copied=tuple(_stored_as(header, options) for header in headers),
         dropped=source.names.ignored,
-        ranks_are_final=options.energy is None and not options.has_budget,
+        widths_are_final=options.policy.is_final,
     )
-    _check_budget(plan)
+    options.policy.check_source(plan.cache_facts)
     return plan
 
 
-def _check_budget(plan: ConversionPlan) -> None:
-    """Refuse a KV budget below one step for latent and rotary key in each layer, or below what kept layers take."""
-    budget = plan.kv_budget
-    least = (plan.rank_multiple + rope_step(plan.rank_multiple)) * len(plan.converted_layers)
-    if budget is None or budget >= least:
-        return
-    before = plan.source_kv_numbers_per_token()
-    kept = sum(before[item.layer] for item in plan.layers if item.shape is None)
-    total = sum(before)
-    smallest = least + kept
-    flag = "--kv-size" if plan.options.kv_size is not None else "--kv-bytes-per-token"
-    raise OptionError(
-        f"{flag}: expected at least {smallest / total:.1%} ({smallest} numbers per token, "
-        f"{smallest * DTYPE_BYTES[plan.dtype]} bytes) for {len(plan.converted_layers)} converted layers in steps of "
-        f"{plan.rank_multiple}, found {(budget + kept) / total:.1%} ({budget + kept} numbers); allow more, or lower "
-        "--rank-multiple."
-    )
-
-
 def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:
-    """The shape with other widths; frequencies not chosen yet are shown as the first one."""
-    index = None if shape.rope_index is None else (0,) * (widths.qk_rope_head_dim // 2)
-    return dataclasses.replace(
-        shape, kv_lora_rank=widths.kv_lora_rank, qk_rope_head_dim=widths.qk_rope_head_dim, rope_index=index
-    )
+    return dataclasses.replace(shape, kv_lora_rank=widths.kv_lora_rank, qk_rope_head_dim=widths.qk_rope_head_dim)
 
 
-def _chosen_layers(options: ConvertOptions, geometry: AttentionGeometry, kinds: Sequence[LayerKind]) -> tuple[int, ...]:
+def _num_weights(tensors: Mapping[str, tuple[int, ...]], *, matrices_only: bool = False) -> int:
+    """Numbers in the weights of these tensors, without biases."""
+    least = 2 if matrices_only else 1
+    return sum(math.prod(size) for name, size in tensors.items() if name.endswith(".weight") and len(size) >= least)
+
+
+def _chosen_layers(options: ConvertOptions, source: SourceModel) -> tuple[int, ...]:
     """The layers of --layers; without it all, but for sliding windows that the family keeps."""
-    everything = tuple(range(geometry.num_hidden_layers))
+    everything = tuple(range(source.geometry.num_hidden_layers))
     if options.layers is None:
-        return tuple(layer for layer in everything if kinds[layer].window is None) or everything
+        return tuple(layer for layer in everything if not source.kinds[layer].keeps_window) or everything
     chosen = parse_layers(options.layers)
     if chosen[-1] > everything[-1]:
         raise OptionError(f"--layers: expected layers from 0 to {everything[-1]}, found {chosen[-1]}; change the list.")
@@ -248,51 +212,30 @@ def _check_portable(source: SourceModel, biases: tuple[str, ...], chosen: Sequen
         raise OptionError(f"--portable: a {family.model_type} model cannot become DeepSeek-V3: {reason}; leave it out.")
 
 
-def _check_paper(family: FamilySpec, geometry: AttentionGeometry, kinds: Sequence[LayerKind]) -> None:
-    """The published initialisation knows linear keys that are rotated over the whole head, with one set of frequencies."""
-    reason = None
-    if family.has_key_norm:
-        reason = "whose keys are normalised, and so not linear in the weights that it factorises"
-    elif any(kind.rotary_dim != geometry.head_dim for kind in kinds) or family.partial_rotary:
-        reason = "that does not rotate whole heads in every layer"
-    if reason is not None:
-        raise OptionError(
-            f"--init paper: not for {family.model_type}, {reason}; use --init calibrated, which is the default."
-        )
-
-
 def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: SourceModel, kind: LayerKind) -> MlaShape:
     """Widths of a converted layer; the rank is an upper bound where a policy chooses it."""
     geometry = source.geometry
-    dim, calibrated = geometry.head_dim, options.init == "calibrated"
     full_rank = full_rank_of(source, options)
-    rotary_dim = kind.rotary_dim or dim  # a NoPE layer takes part in no check of the rotary width
-    most_rope = geometry.num_key_value_heads * rotary_dim if calibrated and not options.portable else rotary_dim
-    full_q_rank = min(geometry.num_attention_heads * dim, geometry.hidden_size)
-    _at_most("--rank", options.rank, full_rank, "the full rank of keys and values")
-    _at_most("--rope-dim", options.rope_dim, most_rope, "all rotary rows" if calibrated else "head_dim")
-    _at_most("--nope-dim", options.nope_dim, dim, "head_dim")
-    _at_most("--q-rank", options.q_rank, full_q_rank, "the full rank of the queries")
-    rope_dim = options.rope_dim or (min(64, most_rope) if calibrated else max(2, dim // 4 * 2))
-    if kind.rotary_dim == 0:
-        rope_dim = 0
-    rank = full_rank if options.rank is None or options.energy is not None else options.rank
-    nope_dim = dim if calibrated else dim - rope_dim
+    rank = options.policy.rank_bound(full_rank)
+    require_at_most("--rank", rank, full_rank, "the full rank of keys and values")
+    nope_dim, rope_dim = options.initialisation.head_widths(source, options, kind.rotary_dim)
+    full_q_rank = min(geometry.num_attention_heads * geometry.head_dim, geometry.hidden_size)
+    require_at_most("--q-rank", options.q_rank, full_q_rank, "the full rank of the queries")
+    keeps_keys = keeps_key_norm(source, options)
     return MlaShape(
         num_attention_heads=geometry.num_attention_heads,
         hidden_size=geometry.hidden_size,
         kv_lora_rank=rank,
-        qk_nope_head_dim=nope_dim if options.nope_dim is None else options.nope_dim,
+        qk_nope_head_dim=nope_dim,
         qk_rope_head_dim=rope_dim,
-        v_head_dim=dim,
+        v_head_dim=geometry.head_dim,
         q_lora_rank=options.q_rank,
         latent_norm=options.has_latent_norm,
-        rope_index=(0,) * (rope_dim // 2) if calibrated else None,
         biases=biases,
-        q_norm=norm_of(source, "q_norm"),
-        k_norm=norm_of(source, "k_norm") if keeps_key_norm(source, options) else None,
+        q_norm=source.norm_of("q_norm"),
+        k_norm=source.norm_of("k_norm") if keeps_keys else None,
         logit_softcap=source.logit_softcap,
-        num_key_value_heads=geometry.num_key_value_heads if keeps_key_norm(source, options) else 0,
+        num_key_value_heads=geometry.num_key_value_heads if keeps_keys else 0,
     )
 
 
@@ -307,44 +250,11 @@ def full_rank_of(source: SourceModel, options: ConvertOptions) -> int:
     return width if keeps_key_norm(source, options) else min(width, hidden)
 
 
-def norm_of(source: SourceModel, which: str) -> str | None:
-    """How the source normalises queries or keys: "head", each head by itself, or "all" rows together.
-
-    Raises `UnsupportedModelError` for another norm than an RMSNorm over one or the other.
-    """
-    if which not in source.family.attention:
-        return None
-    geometry, name = source.geometry, source.family.attention[which].format(layer=0)
-    norm = source.skeleton.get_submodule(name)
-    heads = geometry.num_attention_heads if which == "q_norm" else geometry.num_key_value_heads
-    kinds = {heads * geometry.head_dim: "all", geometry.head_dim: "head"}
-    width = norm.weight.numel()
-    if width not in kinds or not type(norm).__name__.endswith("RMSNorm"):
-        raise UnsupportedModelError(
-            f"{name}: expected an RMSNorm over a head of {geometry.head_dim} rows, or over all {heads * geometry.head_dim}, "
-            f"found {type(norm).__name__} over {width}; this version does not know such a norm."
-        )
-    return kinds[width]
-
-
-def _at_most(flag: str, value: int | None, limit: int, what: str) -> None:
-    if value is not None and value > limit:
-        raise OptionError(
-            f"{flag}: expected at most {limit} ({what} of this model), found {value}; choose a smaller value."
-        )
-
-
 def _biases(source: SourceModel, options: ConvertOptions) -> tuple[str, ...]:
     """Projections of the converted layer that have a bias, given those of the source's first layer."""
-    index, attention = source.index, source.family.attention
-    present = {
-        which: f"{attention.get(which, attention.get(FUSED, '')).format(layer=0)}.bias" in index.headers
-        for which in PROJECTIONS
-    }
-    # the calibrated latent carries the biases of keys and values itself; the published one adds them after expansion
-    key_value: tuple[str, ...] = ("kv_a",) if options.init == "calibrated" else ("kv_a", "kv_b")
-    if keeps_key_norm(source, options):
-        key_value = ("k", "v")
+    stored_as = {which: which if which in source.family.attention else FUSED for which in PROJECTIONS}
+    present = {which: f"{source.projection(name, 0)}.bias" in source.index.headers for which, name in stored_as.items()}
+    key_value = ("k", "v") if keeps_key_norm(source, options) else options.initialisation.key_value_biases
     query, out = (("q",) if present["q_proj"] else ()), (("o",) if present["o_proj"] else ())
     return query + (key_value if present["k_proj"] else ()) + out
 

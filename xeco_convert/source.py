@@ -68,6 +68,46 @@ class SourceModel:
         """The eps of the norms."""
         return self.family.norm_eps(self.values)
 
+    def projection(self, which: str, layer: int) -> str:
+        """Name of a projection or norm of the attention, without .weight."""
+        return self.family.attention[which].format(layer=layer)
+
+    def attention_of(self, decoder_layer: nn.Module) -> nn.Module:
+        """The attention module of a decoder layer of transformers' class."""
+        return decoder_layer.get_submodule(self.family.module)
+
+    def norm_of(self, which: str) -> str | None:
+        """How queries (q_norm) or keys (k_norm) are normalised: "head", each head by itself, "all" rows together, or not at all.
+
+        Raises `UnsupportedModelError` for another norm than an RMSNorm over one or the other.
+        """
+        if which not in self.family.attention:
+            return None
+        name = self.projection(which, 0)
+        norm = self.skeleton.get_submodule(name)
+        heads = self.geometry.num_attention_heads if which == "q_norm" else self.geometry.num_key_value_heads
+        kinds = {heads * self.geometry.head_dim: "all", self.geometry.head_dim: "head"}
+        width = norm.weight.numel()
+        if width not in kinds or not type(norm).__name__.endswith("RMSNorm"):
+            raise UnsupportedModelError(
+                f"{name}: expected an RMSNorm over a head of {self.geometry.head_dim} rows, or over all "
+                f"{heads * self.geometry.head_dim}, found {type(norm).__name__} over {width}; this version does not know such a "
+                "norm."
+            )
+        return kinds[width]
+
+    @property
+    def residual_scale(self) -> float:
+        """What the parts of a layer are multiplied by before they are added (Granite)."""
+        return float(self.values.get(self.family.residual_scale) or 1.0)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first layer."""
+        if self.family.embedding_scale == "sqrt(hidden_size)":
+            return math.sqrt(self.geometry.hidden_size)
+        return float(self.values.get(self.family.embedding_scale) or 1.0)
+
     def parameter_or_tied(self, name: str) -> str:
         """The parameter itself where it is stored, else the one that it is tied to: transformers ties the missing one of a pair,
         whichever it is, and keeps both where both are stored and differ."""
@@ -245,8 +285,8 @@ def _check_parameters(source: SourceModel) -> None:
                 f"{index.folder}: {name} {list(parameter.shape)} is missing; download the checkpoint again."
             )
         _check_shape(source, name, tuple(parameter.shape))
-    geometry, module = source.geometry, source.family.module
-    attention = getattr(source.decoder.layers[0], module)
+    geometry = source.geometry
+    attention: Any = source.attention_of(source.decoder.layers[0])
     if not (isinstance(attention.scaling, int | float) and 0 < attention.scaling < math.inf):
         raise CheckpointError(
             f"config.json: transformers would scale the scores by {shown(attention.scaling)}, expected a positive number; take "
@@ -256,9 +296,9 @@ def _check_parameters(source: SourceModel) -> None:
     expected = [count * geometry.head_dim for count in (heads, groups, groups)]
     fused = source.family.attention.get(FUSED, "").rpartition(".")[2]
     if fused:
-        found, expected = [getattr(attention, fused).weight.shape[0]], [sum(expected)]
+        found, expected = [attention.get_submodule(fused).weight.shape[0]], [sum(expected)]
     else:
-        found = [getattr(attention, which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
+        found = [attention.get_submodule(which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
     if found != expected:
         raise UnsupportedModelError(
             f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "

@@ -15,11 +15,11 @@ from typing import Any
 from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex
 from xeco_convert.conversion import device_by_name
 from xeco_convert.errors import OptionError
-from xeco_convert.inits import Progress
-from xeco_convert.inits.calibrated import CalibratedInitialisation
-from xeco_convert.options import ConvertOptions, parse_share
+from xeco_convert.initialisation import LayerMaker, Progress
+from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
 from xeco_convert.report_page import Draw, html_note, html_page, html_plots, html_table
+from xeco_convert.settings import parse_share
 
 COLUMNS = ("KV size", "bytes per token", "of the source", "perplexity", "gap (nats)", "KL (nats)", "top-1")
 
@@ -114,7 +114,7 @@ def sweep(
         kv_bytes_before=sum(whole.source_kv_numbers_per_token()) * DTYPE_BYTES[whole.dtype],
         calibration=summary["calibration"],
         calibration_tokens=summary["calibration_tokens"],
-        refine=whole.options.refine,
+        refine=whole.options.values()["refine"],
         points=points,
     )
 
@@ -157,26 +157,22 @@ class _Sweep:
         self._fields = fields
         self._on_progress = on_progress
         self._device = device_by_name(fields.get("device", "cpu"))
-        self.first: CalibratedInitialisation | None = None
+        self.first: LayerMaker | None = None
         self.summary: dict[str, Any] = {}
 
     def point(self, kv_size: str, start: float, share: float) -> SweepPoint:
         """Plan, convert and measure at one size; the progress bar goes on from `start` by `share`."""
         try:
             plan = make_plan(self._index, self._options(kv_size))
-            initialisation = CalibratedInitialisation(
-                plan,
-                self._device,
-                lambda what, done: self._on_progress(f"{kv_size}: {what}", start + share * done),
-                measured_by=self.first,
-            )
-            self.first = self.first or initialisation
-            plan = initialisation.final_plan()
+            tell = lambda what, done: self._on_progress(f"{kv_size}: {what}", start + share * done)  # noqa: E731
+            maker = plan.options.initialisation.begin(plan, self._device, tell, measured_by=self.first)
+            self.first = self.first or maker
+            plan = plan.with_widths_of(maker)
         except OptionError as error:
             return SweepPoint(kv_size=kv_size, problem=str(error))
-        for _layer in initialisation.layers():
+        for _layer in maker.layers(plan):
             pass  # each is measured as it goes by; none is kept
-        self.summary = initialisation.summary()
+        self.summary = maker.summary()
         self._on_progress(kv_size, start + share)
         return _point(kv_size, plan, self.summary["fidelity"])
 
@@ -189,7 +185,7 @@ class _Sweep:
 
 def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:
     numbers, before = sum(plan.kv_numbers_per_token()), sum(plan.source_kv_numbers_per_token())
-    shapes = [item.shape for item in plan.layers if item.shape is not None]
+    shapes = [item.shape for item in plan.converted]
     return SweepPoint(
         kv_size=kv_size,
         kv_bytes_per_token=numbers * DTYPE_BYTES[plan.dtype],

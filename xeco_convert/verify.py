@@ -9,6 +9,7 @@ loads them, on a few tokens, the converted layers made to put out what the sourc
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.modeling.modeling_xeco import LatentSelfAttention
 from xeco_convert.plan import ConversionPlan, num_parameters
 from xeco_convert.pretrained import load_causal_lm
+from xeco_convert.source import SourceModel
 
 # Float32 through two orders of summation: 4e-7 to 3e-6 was observed over the families and rotary types of the tests.
 EXACTNESS_TOLERANCE = 1e-4
@@ -33,25 +35,23 @@ _PATH_TOKENS = 12
 PATH_TOLERANCES = {"F32": 1e-4, "BF16": 0.25, "F16": 0.03}
 
 
-def sampled_layers(converted: tuple[int, ...]) -> tuple[int, ...]:
+def sampled_layers(converted: Sequence[int]) -> tuple[int, ...]:
     """First, middle and last of the converted layers."""
-    if not converted:
-        return ()
     return tuple(sorted({converted[0], converted[len(converted) // 2], converted[-1]}))
 
 
 class LayerChecker:
     """Holds the source's model class without weights; takes one layer at a time."""
 
-    def __init__(self, plan: ConversionPlan) -> None:
-        self._plan = plan
-        self._config = plan.source.runnable_config()
+    def __init__(self, source: SourceModel) -> None:
+        self._source = source
+        self._config = source.runnable_config()
         with torch.device("meta"):
             from transformers import AutoModel
 
             self._model: Any = AutoModel.from_config(self._config)
         self._rotary = type(self._model.rotary_emb)(config=self._config)
-        self._reader = TensorReader(plan.index)
+        self._reader = TensorReader(source.index)
 
     def check(self, layer: int, source: SourceAttention, factors: MlaAttention, shape: MlaShape) -> tuple[float, float]:
         """Relative output errors of (the exact form, the converted factors) of one layer, in float32 on the CPU.
@@ -81,7 +81,7 @@ class LayerChecker:
     @torch.no_grad()
     def _run(self, layer: int, attention: nn.Module, inputs: Tensor) -> Tensor:
         positions = torch.arange(_NUM_TOKENS).unsqueeze(0)
-        of_type = (self._config.layer_types[layer],) if self._plan.family.rope_of_layer_type else ()
+        of_type = (self._config.layer_types[layer],) if self._source.family.rope_of_layer_type else ()
         rotation = self._rotary(inputs, positions, *of_type)
         visible = torch.ones(_NUM_TOKENS, _NUM_TOKENS, dtype=torch.bool).tril()[None, None]
         # additive, which every implementation of attention takes
@@ -93,12 +93,12 @@ class LayerChecker:
 
     def _source_module(self, layer: int, source: SourceAttention) -> nn.Module:
         """The source's own module with its stored weights; its norm of the keys left out where `source` has linear keys."""
-        skeleton = getattr(self._model.layers[layer], self._plan.family.module)
+        skeleton = self._source.attention_of(self._model.layers[layer])
         module: Any = type(skeleton)(self._config, layer).eval()
-        prefix = self._plan.module_name(layer)
+        prefix = self._source.family.module_name(layer)
         names = list(module.state_dict())
         module.load_state_dict({name: self._reader.read(f"{prefix}.{name}", dtype=torch.float32) for name in names})
-        if self._plan.family.has_key_norm and source.k_norm_weight is None:
+        if self._source.family.has_key_norm and source.k_norm_weight is None:
             module.k_norm = nn.Identity()
             module.k_proj.weight.data.copy_(source.k_weight.float().cpu())
             if source.k_bias is not None and module.k_proj.bias is not None:
@@ -106,7 +106,7 @@ class LayerChecker:
         return module  # type: ignore[no-any-return]
 
     def _latent_module(self, layer: int, shape: MlaShape, factors: MlaAttention) -> nn.Module:
-        original = getattr(self._model.layers[layer], self._plan.family.module)
+        original = self._source.attention_of(self._model.layers[layer])
         module = LatentSelfAttention(self._config, original, shape, type(self._rotary)).eval()
         module.load_state_dict({name: tensor.float().cpu() for name, tensor in factors.state_dict().items()})
         return module
@@ -132,7 +132,7 @@ def check_path_to_logits(plan: ConversionPlan, folder: Path) -> float | None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, plan.source.values["vocab_size"], (1, _PATH_TOKENS), generator=generator)
     outputs: dict[int, Tensor] = {}
-    expected = _logits(plan, plan.index.folder, ids, outputs, replace=False)
+    expected = _logits(plan, plan.source.index.folder, ids, outputs, replace=False)
     found = _logits(plan, folder, ids, outputs, replace=True)
     error = float((found - expected).abs().max() / expected.std())
     tolerance = PATH_TOLERANCES["F32" if plan.options.dtype is None else plan.dtype]
@@ -149,7 +149,7 @@ def _logits(plan: ConversionPlan, folder: Path, ids: Tensor, outputs: dict[int, 
     """Logits [1, T, V] of a model; outputs of the attention of converted layers are kept in `outputs`, or taken from there."""
     attention = plan.source.runnable_config()._attn_implementation
     model = load_causal_lm(folder, torch.float32, attn_implementation=attention).eval()
-    for layer in plan.converted_layers:
+    for layer in [item.layer for item in plan.converted]:
 
         def hook(_module: nn.Module, _inputs: Any, result: tuple[Tensor, Any], layer: int = layer) -> Any:
             if replace:
@@ -157,6 +157,6 @@ def _logits(plan: ConversionPlan, folder: Path, ids: Tensor, outputs: dict[int, 
             outputs[layer] = result[0]
             return None
 
-        getattr(model.get_decoder().layers[layer], plan.family.module).register_forward_hook(hook)
+        plan.source.attention_of(model.get_decoder().layers[layer]).register_forward_hook(hook)
     logits: Tensor = model(ids, use_cache=False).logits.float()
     return logits

@@ -26,10 +26,9 @@ from xeco_convert.factorize.attention import MlaAttention
 from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.forward import AttentionContext, mla_output
 from xeco_convert.files import write_whole
-from xeco_convert.inits.base import read_attention
-from xeco_convert.options import ConvertOptions
-from xeco_convert.plan import ConversionPlan, make_plan
 from xeco_convert.refine import LayerRefinement, RefineOptions
+from xeco_convert.source import open_source
+from xeco_convert.source_attention import read_attention
 
 from ..attention import attention_modules, attention_prefixes, layer_shape, student_family, weights_of
 from ..data import PackedRows
@@ -68,7 +67,7 @@ class LayerwiseStage:
         self._student = student
         self._reader = TensorReader(student)
         self._config = _model_config(student)
-        self._plan = _plan_of(source)
+        self._opened = open_source(source)
         self._source_reader = TensorReader(source)
         self._folder = folder
         self._options = options
@@ -76,14 +75,14 @@ class LayerwiseStage:
         self._share = share
         folder.mkdir(parents=True, exist_ok=True)
         self._windows = windows_of(rows, options.layer_tokens)
-        self._stream = SourceStream(self._plan, self._windows, device)
+        self._stream = SourceStream(self._opened, self._windows, device)
 
     def run(self, on_progress: Progress) -> None:
         """Heal every converted layer that is not healed yet."""
         healed: Tensor | None = None
         chained = self._options.layer_inputs == "healed"
         for view in self._stream.layers():
-            on_progress("layers", view.number / len(self._plan.layers), {"layer": float(view.number)})
+            on_progress("layers", view.number / self._opened.geometry.num_hidden_layers, {"layer": float(view.number)})
             if chained:
                 healed = view.inputs.clone() if healed is None else healed
             mine = view.number % self._share[1] == self._share[0]
@@ -114,12 +113,16 @@ class LayerwiseStage:
         return found
 
     def _converted(self) -> list[int]:
-        return [number for number in range(len(self._plan.layers)) if self._config.layer(number) is not None]
+        return [
+            number
+            for number in range(self._opened.geometry.num_hidden_layers)
+            if self._config.layer(number) is not None
+        ]
 
     def _healed_layer(self, view: LayerView, inputs: Tensor) -> MlaAttention:
         kept = self._load(view.number)
         if kept is None:
-            source = read_attention(self._plan, self._source_reader, view.number, self._device)
+            source = read_attention(self._opened, self._source_reader, view.number, self._device)
             refinement = LayerRefinement(
                 view, source, inputs, self._windows.ids.shape[0], self._refine_options(), self._context(view)
             )
@@ -166,7 +169,7 @@ class LayerwiseStage:
             if factors is None:
                 healed[part] = view.run(inputs)
             else:
-                heads = self._plan.geometry.num_attention_heads
+                heads = self._opened.geometry.num_attention_heads
                 attention = mla_output(factors, heads, view.normed(inputs), self._context(view))
                 healed[part] = view.run_with_attention(inputs, attention)
 
@@ -227,11 +230,6 @@ def same_outside_attention(student: CheckpointIndex, source: CheckpointIndex) ->
             if own.shape != other.shape or not torch.equal(own, other.to(own.dtype)):
                 return name
     return None
-
-
-def _plan_of(source: CheckpointIndex) -> ConversionPlan:
-    """A plan over the source: only its reading of names and sizes is used."""
-    return make_plan(source, ConvertOptions(rank=1))
 
 
 def _model_config(student: CheckpointIndex) -> Any:

@@ -14,7 +14,7 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import OutputHead, SourceStream
 from xeco_convert.factorize.forward import source_output
-from xeco_convert.inits.base import read_attention
+from xeco_convert.source_attention import read_attention
 
 CASES = [(variant, "default") for variant in VARIANTS] + [("qwen2_window", rope) for rope in ROPES if rope != "default"]
 CPU = torch.device("cpu")
@@ -33,16 +33,16 @@ def test_layers_are_those_of_the_whole_model(variant: str, rope: str, tmp_path: 
     plan = plan_for(folder, layers="0-2")
     for layer in model.base_model.layers:
         layer.register_forward_pre_hook(lambda _module, arguments: hidden.append(arguments[0].clone()))
-        module = getattr(layer, plan.family.module)
+        module = plan.source.attention_of(layer)
         module.register_forward_hook(lambda _module, _arguments, output: attention.append(output[0].clone()))
     with torch.no_grad():
         logits = model(windows.ids).logits
-    stream = SourceStream(plan, windows, CPU)
+    stream = SourceStream(plan.source, windows, CPU)
     for _ in range(2):  # it may be gone through more than once
         for view in stream.layers():
             torch.testing.assert_close(view.inputs, hidden[view.number], rtol=1e-4, atol=1e-5)
             last = view
-            source = read_attention(plan, stream._reader, view.number, CPU)
+            source = read_attention(plan.source, stream._reader, view.number, CPU)
             found = source_output(source, view.normed(view.inputs), view.context())
             torch.testing.assert_close(found, attention[view.number], rtol=1e-4, atol=1e-5)
             again = view.run_with_attention(view.inputs, found)
@@ -55,7 +55,7 @@ def test_layers_are_those_of_the_whole_model(variant: str, rope: str, tmp_path: 
 
 
 def test_one_layer_is_in_memory_at_a_time(llama: Path) -> None:
-    stream = SourceStream(plan_for(llama), random_windows(), CPU)
+    stream = SourceStream(plan_for(llama).source, random_windows(), CPU)
     for view in stream.layers():
         held = [not next(layer.parameters()).is_meta for layer in stream._skeleton.layers]
         assert held == [number == view.number for number in range(3)]
@@ -66,7 +66,7 @@ def test_weights_of_half_precision_are_computed_in_float32(tmp_path: Path) -> No
     folder = build_checkpoint(tmp_path / "in", "llama", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     windows = random_windows()
-    stream = SourceStream(plan_for(folder), windows, CPU)
+    stream = SourceStream(plan_for(folder).source, windows, CPU)
     *_, last = stream.layers()
     with torch.no_grad():
         expected = model(windows.ids).logits
@@ -78,7 +78,7 @@ def pair(llama: Path) -> tuple[OutputHead, PreTrainedModel, torch.Tensor, torch.
     """(head, model, ids, final hidden states before the norm, the same with noise)."""
     ids = random_ids(4, 20)
     windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
-    stream = SourceStream(plan_for(llama), windows, CPU)
+    stream = SourceStream(plan_for(llama).source, windows, CPU)
     *_, last = stream.layers()
     noise = torch.randn(last.inputs.shape, generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

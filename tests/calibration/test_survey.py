@@ -23,8 +23,8 @@ from xeco_convert.factorize.attention import MlaAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
 from xeco_convert.factorize.statistics import StatisticsAccumulator
-from xeco_convert.inits.base import read_attention
-from xeco_convert.ranks.budget import Widths
+from xeco_convert.ranks import Widths
+from xeco_convert.source_attention import read_attention
 
 CPU = torch.device("cpu")
 
@@ -39,11 +39,11 @@ OFFERS = (offer(4, 2), offer(6, 4), offer(8, 2), offer(12, 4), offer(16, 8))
 def surveyed(llama: Path, share: float | None = None) -> tuple[list[dict[Widths, float]], Survey]:
     """Costs of all layers; with `share`, as if refinement left that share of every layer's error and changed nothing."""
     plan, windows = plan_for(llama), random_windows(8, 24)
-    stream = SourceStream(plan, windows, CPU)
-    survey = Survey(OFFERS, 10, plan.converted_layers, windows)
+    stream = SourceStream(plan.source, windows, CPU)
+    survey = Survey(OFFERS, 10, [item.layer for item in plan.converted], windows)
     for view in stream.layers():
         survey.advance_branches(view)
-        source = read_attention(plan, stream._reader, view.number, CPU)
+        source = read_attention(plan.source, stream._reader, view.number, CPU)
         with torch.no_grad():
             statistics = StatisticsAccumulator(source, view.context())
             statistics.add(view.normed(view.inputs), view.counts)
@@ -63,11 +63,11 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
     plan, windows = plan_for(llama), random_windows(8, 24)
     branch = best_of_total(survey._layers[1].errors, 10)
     assert branch.total == 10
-    stream, hidden = SourceStream(plan, windows, CPU), torch.empty(0)
+    stream, hidden = SourceStream(plan.source, windows, CPU), torch.empty(0)
     for view in stream.layers():
         with torch.no_grad():
             if view.number == 1:
-                source = read_attention(plan, stream._reader, 1, CPU)
+                source = read_attention(plan.source, stream._reader, 1, CPU)
                 statistics = StatisticsAccumulator(source, view.context())
                 statistics.add(view.normed(view.inputs), view.counts)
                 layer = CalibratedLayer(source, statistics.result(), view.softmax_scale)

@@ -15,7 +15,7 @@ from xeco_convert.families.__main__ import table
 from xeco_convert.families.spec import refuse_quantised
 from xeco_convert.modeling.configuration_xeco import source_class
 from xeco_convert.options import ConvertOptions
-from xeco_convert.plan import make_plan, norm_of
+from xeco_convert.plan import make_plan
 from xeco_convert.pretrained import read_config
 from xeco_convert.source import open_source
 
@@ -101,11 +101,11 @@ def test_attention_that_is_not_causal_is_refused(variant: str) -> None:
 @pytest.mark.parametrize("norm", [torch.nn.LayerNorm(12), torch.nn.RMSNorm(6)], ids=["LayerNorm", "half a head"])
 def test_a_norm_of_keys_of_another_kind_is_refused_by_name(norm: torch.nn.Module, tmp_path: Path) -> None:
     source = open_source(CheckpointIndex.open(build_checkpoint(tmp_path / "source", "qwen3")))
-    assert norm_of(source, "k_norm") == norm_of(source, "q_norm") == "head"
+    assert source.norm_of("k_norm") == source.norm_of("q_norm") == "head"
     source.skeleton.get_submodule("model.layers.0.self_attn").k_norm = norm
     sentence = rf"self_attn.k_norm: expected an RMSNorm over a head of 12 rows.*found {type(norm).__name__} over"
     with pytest.raises(UnsupportedModelError, match=sentence):
-        norm_of(source, "k_norm")
+        source.norm_of("k_norm")
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
@@ -125,10 +125,10 @@ def test_layers_with_a_window_stay_unless_they_are_named(tmp_path: Path) -> None
     folder = build_checkpoint(tmp_path / "source", "gemma2")
     index = CheckpointIndex.open(folder)
     plan = make_plan(index, ConvertOptions(kv_size="50%"))
-    assert plan.converted_layers == (1,) and plan.kept_windows == (0, 2)
+    assert [item.layer for item in plan.converted] == [1] and [item.layer for item in plan.kept_windows] == [0, 2]
     assert plan.source_kv_numbers_per_token() == [0, 48, 0] and plan.kv_budget == 24
     named = make_plan(index, ConvertOptions(kv_size="50%", layers="0-2"))
-    assert named.converted_layers == (0, 1, 2) and named.kept_windows == () and named.kv_budget == 72
+    assert [item.layer for item in named.converted] == [0, 1, 2] and named.kept == () and named.kv_budget == 72
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "gpt2", "Llama", "phi", "../llama"])

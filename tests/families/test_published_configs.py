@@ -121,13 +121,13 @@ def test_every_family_has_its_published_files() -> None:
 def test_a_published_model_is_converted_exactly_at_full_width(name: str, tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", name)
     plan = make_plan(CheckpointIndex.open(source), ConvertOptions(rank=8, layers=everything(name)))
-    geometry, rotary = plan.geometry, max(item.kind.rotary_dim for item in plan.layers)
+    geometry, rotary = plan.source.geometry, max(item.kind.rotary_dim for item in plan.layers)
     rank = min(geometry.cache_width, geometry.hidden_size)
     wide = {"rank": rank, "rope_dim": geometry.num_key_value_heads * rotary, "layers": everything(name)}
     convert(source, tmp_path / "out", **wide)
     expected, found = model_of(name)[1](ids(40)).logits, load(tmp_path / "out")(ids(40)).logits
     error = float((found - expected).norm() / expected.norm())
-    if plan.family.has_key_norm:
+    if plan.source.family.has_key_norm:
         assert error < 0.8  # the regression's
     else:
         assert error < 1e-3

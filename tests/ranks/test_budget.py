@@ -8,7 +8,8 @@ import random
 import pytest
 
 from xeco_convert.errors import OptionError
-from xeco_convert.ranks.budget import Widths, candidate_widths, default_multiple, rope_step, split_budget
+from xeco_convert.ranks import Widths
+from xeco_convert.ranks.budget import candidate_widths, default_multiple, rope_step, split_budget
 
 OFFERS = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in [(4, 2), (4, 4), (8, 2), (8, 4), (12, 6)]]
 # full rank, most rotary rows, multiple, average

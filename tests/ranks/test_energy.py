@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xeco_convert.ranks import energy_ranks, fixed_ranks
+from xeco_convert.ranks.energy import energy_ranks
 
 FLAT = np.ones(40)  # each value holds 1/40 of the energy
 
@@ -52,7 +52,3 @@ def test_fixed_ends_take_the_given_rank() -> None:
 
 def test_a_zero_layer_gets_a_rank() -> None:
     assert energy_ranks([np.zeros(16)], 0.5)[0] in range(1, 17)
-
-
-def test_fixed_ranks_are_the_same_for_every_layer() -> None:
-    assert fixed_ranks(3, 12) == (12, 12, 12)

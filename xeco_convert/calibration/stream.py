@@ -7,7 +7,6 @@ batch of windows takes.
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import CheckpointError, reason_of
 from xeco_convert.factorize.forward import AttentionContext, soft_capped
 from xeco_convert.families import FamilySpec
-from xeco_convert.plan import ConversionPlan
+from xeco_convert.source import SourceModel
 
 BATCH_WINDOWS = 4
 
@@ -111,8 +110,7 @@ class LayerView:
     @property
     def attention(self) -> nn.Module:
         """The source's attention module."""
-        module: nn.Module = getattr(self.layer, self.family.module)
-        return module
+        return self.layer.get_submodule(self.family.module)
 
     @property
     def softmax_scale(self) -> float:
@@ -154,22 +152,24 @@ class _Given(nn.Module):
 class SourceStream:
     """Runs the source over the calibration windows layer by layer; may be gone through more than once."""
 
-    def __init__(self, plan: ConversionPlan, windows: CalibrationWindows, device: torch.device) -> None:
-        self._plan = plan
+    def __init__(self, source: SourceModel, windows: CalibrationWindows, device: torch.device) -> None:
+        self._source = source
         self._windows = windows
         self._device = device
-        self._reader = TensorReader(plan.index)
-        self._config = plan.source.runnable_config()
+        self._reader = TensorReader(source.index)
+        self._config = source.runnable_config()
         with torch.device("meta"):
             from transformers import AutoModel
 
             self._skeleton: Any = AutoModel.from_config(self._config)
-        self._tables = _RotaryTables(plan, self._config, type(self._skeleton.rotary_emb), windows.ids.shape[1], device)
+        self._tables = _RotaryTables(
+            source, self._config, type(self._skeleton.rotary_emb), windows.ids.shape[1], device
+        )
 
     def layers(self) -> Iterator[LayerView]:
         """Each layer with the hidden states before it. The view's tensors are valid until the next one is asked for."""
-        hidden, family = self._embedded(), self._plan.family
-        for number in range(self._plan.geometry.num_hidden_layers):
+        hidden, source, family = self._embedded(), self._source, self._source.family
+        for number in range(source.geometry.num_hidden_layers):
             cos, sin = self._tables.whole_heads(number)
             view = LayerView(
                 number=number,
@@ -181,9 +181,9 @@ class SourceStream:
                 mask=self._mask(number),
                 position_embeddings=self._tables.of_layer(number),
                 family=family,
-                norm_eps=self._plan.source.norm_eps,
-                logit_softcap=self._plan.source.logit_softcap,
-                residual_scale=float(self._plan.source.values.get(family.residual_scale) or 1.0),
+                norm_eps=source.norm_eps,
+                logit_softcap=source.logit_softcap,
+                residual_scale=source.residual_scale,
             )
             yield view
             with torch.no_grad():  # in place: the states before the layer are not needed again
@@ -195,14 +195,14 @@ class SourceStream:
 
     def output_head(self) -> OutputHead:
         """What follows the last layer: final norm, vocabulary projection, and scale or cap of the logits."""
-        plan, family = self._plan, self._plan.family
+        source, family = self._source, self._source.family
         name = family.final_norm.removesuffix(".").rpartition(".")[2]
         norm = self._loaded(getattr(self._skeleton, name), family.final_norm)
-        values = plan.source.values
+        values = source.values
         softcap = values.get(family.logits_softcap)
         return OutputHead(
             norm=norm,
-            weight=self._read(plan.source.parameter_or_tied(family.output_head)),
+            weight=self._read(source.parameter_or_tied(family.output_head)),
             divisor=family.logits_scale(values),
             softcap=None if softcap is None else float(softcap),
         )
@@ -210,22 +210,15 @@ class SourceStream:
     def _embedded(self) -> Tensor:
         """Hidden states before the first layer [W, T, X]: only the rows of the tokens that occur are kept."""
         wanted, places = self._windows.ids.unique(return_inverse=True)
-        rows = torch.zeros(wanted.numel(), self._plan.geometry.hidden_size)
+        rows = torch.zeros(wanted.numel(), self._source.geometry.hidden_size)
         start = 0
-        for chunk in self._reader.read_chunks(self._plan.source.stored_name(self._plan.family.embedding)):
+        for chunk in self._reader.read_chunks(self._source.stored_name(self._source.family.embedding)):
             inside = (wanted >= start) & (wanted < start + chunk.shape[0])
             rows[inside] = chunk[wanted[inside] - start].float()
             start += chunk.shape[0]
-        hidden = self._embedding_scale() * rows[places].to(self._device)
+        hidden = self._source.embedding_scale * rows[places].to(self._device)
         _check_finite(hidden, "the embedding of the calibration text")
         return hidden
-
-    def _embedding_scale(self) -> float:
-        """What embeddings are multiplied by before the first layer."""
-        rule = self._plan.family.embedding_scale
-        if rule == "sqrt(hidden_size)":
-            return math.sqrt(self._plan.geometry.hidden_size)
-        return float(self._plan.source.values.get(rule) or 1.0)
 
     def _loaded(self, skeleton: nn.Module, prefix: str) -> nn.Module:
         """A layer of the skeleton with its weights, float32."""
@@ -235,14 +228,14 @@ class SourceStream:
 
     def _read(self, name: str) -> Tensor:
         """A parameter of the transformers class, float32."""
-        return self._plan.source.read_parameter(
+        return self._source.read_parameter(
             name, lambda stored: self._reader.read(stored, dtype=torch.float32, device=self._device)
         )
 
     def _mask(self, layer: int) -> Tensor:
         length = self._windows.ids.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
-        window = sliding_window(self._config, layer)
+        window = self._source.kinds[layer].window
         if window is not None:
             visible = visible.triu(diagonal=1 - window)
         return visible[None, None]
@@ -261,10 +254,10 @@ class _RotaryTables:
     """cos and sin [1, T, rotary_dim] of the source for every type of layer, and widened to whole heads."""
 
     def __init__(
-        self, plan: ConversionPlan, config: Any, rotary_class: type[nn.Module], length: int, device: torch.device
+        self, source: SourceModel, config: Any, rotary_class: type[nn.Module], length: int, device: torch.device
     ) -> None:
-        self._plan = plan
-        self._types: list[str] | None = config.layer_types if plan.family.rope_of_layer_type else None
+        self._source = source
+        self._types: list[str] | None = config.layer_types if source.family.rope_of_layer_type else None
         rotary = rotary_class(config=config).to(device)
         positions = torch.arange(length, device=device).unsqueeze(0)
         like = torch.zeros(1, 1, 1, device=device)
@@ -279,7 +272,7 @@ class _RotaryTables:
     def whole_heads(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin [1, T, d], 1 and 0 for the pairs that the layer does not rotate."""
         cos, sin = self.of_layer(layer)
-        dim, rotated = self._plan.geometry.head_dim, self._plan.layers[layer].kind.rotary_dim
+        dim, rotated = self._source.geometry.head_dim, self._source.kinds[layer].rotary_dim
         if rotated == dim:
             return cos, sin
         static = cos.new_ones(*cos.shape[:2], (dim - rotated) // 2)
@@ -293,12 +286,3 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def sliding_window(config: Any, layer: int) -> int | None:
-    """Tokens that a query of this layer sees, itself included; None where it sees all."""
-    window: int | None = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return None
-    return window

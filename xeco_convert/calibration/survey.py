@@ -23,7 +23,8 @@ from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import MlaAttention, SourceAttention
 from xeco_convert.factorize.calibrated import CalibratedLayer
 from xeco_convert.factorize.forward import mla_output, source_output
-from xeco_convert.ranks.budget import Widths, without_rotation
+from xeco_convert.ranks import Widths
+from xeco_convert.ranks.budget import without_rotation
 
 _BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many

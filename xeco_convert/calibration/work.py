@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import pickle
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 
 from xeco_convert import __version__
+from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError, OutputError
-from xeco_convert.files import write_whole
-from xeco_convert.plan import ConversionPlan
+from xeco_convert.files import file_identity, write_whole
+from xeco_convert.options import ConvertOptions
 
 # Options that change nothing of what is kept here.
 _WITHOUT_INFLUENCE = ("overwrite", "dtype", "max_shard_size", "verify", "work_dir", "device")
@@ -25,14 +25,15 @@ _FINGERPRINT_FILE = "run.json"
 class WorkFolder:
     """Named results of one run: a folder of the user's (--work-dir), or a temporary one that goes with the object."""
 
-    def __init__(self, plan: ConversionPlan) -> None:
+    def __init__(self, folder: str | None, index: CheckpointIndex, options: ConvertOptions) -> None:
+        """`folder`: the user's; `index` and `options` say whose results they are."""
         self._temporary: TemporaryDirectory[str] | None = None
-        if plan.options.work_dir is None:
+        if folder is None:
             self._temporary = TemporaryDirectory(prefix="xeco-convert-")
             self._folder = Path(self._temporary.name)
             return
-        self._folder = Path(plan.options.work_dir)
-        fingerprint = _fingerprint(plan)
+        self._folder = Path(folder)
+        fingerprint = _fingerprint(index, options)
         marker = self._folder / _FINGERPRINT_FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -67,12 +68,16 @@ class WorkFolder:
         return data
 
 
-def _fingerprint(plan: ConversionPlan) -> str:
+def _fingerprint(index: CheckpointIndex, options: ConvertOptions) -> str:
     """What a run's results depend on: source files, options, version."""
-    options = {key: value for key, value in dataclasses.asdict(plan.options).items() if key not in _WITHOUT_INFLUENCE}
-    read = set(plan.index.files.values())
-    if plan.options.calibration is not None and Path(plan.options.calibration).is_file():
-        read.add(Path(plan.options.calibration))
-    files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in read}
-    facts = {"version": __version__, "config": dict(plan.index.config), "files": files, "options": options}
+    values = options.values()
+    files = set(index.files.values())
+    if values["calibration"] is not None and Path(values["calibration"]).is_file():
+        files.add(Path(values["calibration"]))
+    facts = {
+        "version": __version__,
+        "config": dict(index.config),
+        "files": {name: (size, time) for name, size, time in map(file_identity, files)},
+        "options": {name: value for name, value in values.items() if name not in _WITHOUT_INFLUENCE},
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -39,10 +39,12 @@ class AttentionGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """How one layer of a source attends: rows of a head that are rotated (0: none, a NoPE layer), and its sliding window."""
+    """How one layer of a source attends: rows of a head that are rotated (0: none, a NoPE layer), and the tokens that a query
+    sees, itself included (None: all). `keeps_window`: its cache does not grow beyond that, so it keeps its attention."""
 
     rotary_dim: int
     window: int | None
+    keeps_window: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +249,17 @@ class FamilySpec:
         """
         if self.nope_layers and not _entry(values.get(self.nope_layers), layer, self.nope_layers):
             rotary_dim = 0
-        return LayerKind(rotary_dim=rotary_dim, window=self.window(values, layer))
+        window = self.window(values, layer)
+        return LayerKind(rotary_dim=rotary_dim, window=window, keeps_window=self.keeps_windows and window is not None)
 
     def window(self, values: Mapping[str, Any], layer: int) -> int | None:
-        """The sliding window of a layer that keeps its attention because of it; only some families do."""
-        size = values.get("sliding_window")
-        if not self.keeps_windows or not isinstance(size, int):
+        """Tokens that a query of this layer sees, itself included; None where it sees all."""
+        size, types = values.get("sliding_window"), values.get("layer_types")
+        if not isinstance(size, int):
             return None
-        return size if _entry(values.get("layer_types"), layer, "layer_types") == "sliding_attention" else None
+        if types is None and not self.keeps_windows:
+            return size
+        return size if _entry(types, layer, "layer_types") == "sliding_attention" else None
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:

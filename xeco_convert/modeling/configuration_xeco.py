@@ -82,6 +82,12 @@ class XecoConfigMixin(CodeBesideWeights):
     hidden_size: int
 
 
+def norm_eps(config: Any) -> float:
+    """The eps of the norms, under the name that the family gives it."""
+    eps: float = getattr(config, "rms_norm_eps", None) or config.layer_norm_eps
+    return eps
+
+
 def code_files() -> dict[str, Path]:
     """The files that a checkpoint carries, by the name that they have there; none where this is such a file itself."""
     here = Path(__file__).parent
@@ -175,7 +181,8 @@ def multimodal_auto_map(prefix: str) -> dict[str, str]:
 
 
 def _without_attention(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if plan is None else {name: how for name, how in plan.items() if ".self_attn." not in name}
+    names = {"self_attn", "attention"}  # the second is GPT-NeoX's
+    return None if plan is None else {name: how for name, how in plan.items() if names.isdisjoint(name.split("."))}
 
 
 def __getattr__(name: str) -> Any:

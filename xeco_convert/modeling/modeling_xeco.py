@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from .arguments_xeco import cache_among
-from .configuration_xeco import family_config_class, source_class
+from .configuration_xeco import family_config_class, norm_eps, source_class
 from .layer_xeco import MlaLayer, MlaShape
 
 fused: Any
@@ -89,7 +89,7 @@ class LatentSelfAttention(nn.Module):
         self.rope_index = layer.rope_index
         # the source's order, which differs between families, for arguments that come without a name
         self._positional = tuple(inspect.signature(type(source).forward).parameters)[2:]
-        self._build_projections(layer.in_model(config), getattr(config, "rms_norm_eps", None) or config.layer_norm_eps)
+        self._build_projections(layer.in_model(config), norm_eps(config))
         self._build_rotation(config, rotary_class)
 
     def _build_projections(self, shape: MlaShape, eps: float) -> None:
@@ -486,8 +486,10 @@ def replace_attention(model: Any, config: Any) -> None:
     for layer_idx, decoder_layer in enumerate(model.layers):
         layer = config.layer(layer_idx)
         if layer is not None:
-            name = "self_attn" if hasattr(decoder_layer, "self_attn") else "attention"  # GPT-NeoX
-            source = getattr(decoder_layer, name)
+            # self_attn, or attention (GPT-NeoX): transformers' own classes say which it is
+            name, source = next(
+                part for part in decoder_layer.named_children() if type(part[1]).__name__.endswith("Attention")
+            )
             attention_class = _attention_class(type(source))
             setattr(decoder_layer, name, attention_class(config, source, layer, type(model.rotary_emb)))
 

@@ -1,6 +1,5 @@
-"""Rank policies: each sees the layers' spectra and gives one kv_lora_rank for each layer."""
+"""Rank policies, one file each: which kv_lora_rank and qk_rope_head_dim every converted layer gets, and which options say so."""
 
-from xeco_convert.ranks.energy import energy_ranks
-from xeco_convert.ranks.fixed import fixed_ranks
+from xeco_convert.ranks.policy import RANK_POLICIES, CacheFacts, RankPolicy, Widths, WidthSurvey
 
-__all__ = ["energy_ranks", "fixed_ranks"]
+__all__ = ["RANK_POLICIES", "CacheFacts", "RankPolicy", "WidthSurvey", "Widths"]

@@ -5,26 +5,91 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xeco_convert.errors import OptionError
+from xeco_convert.ranks.policy import RANK_POLICIES, CacheFacts, RankPolicy, Widths, WidthSurvey
+from xeco_convert.settings import option, parse_share, require
 
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
 _MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
 
 
+@RANK_POLICIES.add
 @dataclass(frozen=True, kw_only=True)
-class Widths:
-    """Cached numbers per token of one layer: the latent's and the rotary key's."""
+class KvBudget(RankPolicy):
+    """`kv_size`, a share of the source's cache, or `kv_bytes_per_token`; widths in steps of `rank_multiple`."""
 
-    kv_lora_rank: int
-    qk_rope_head_dim: int
+    name = "budget"
+    order = 2
+    chosen_by = ("kv_size", "kv_bytes_per_token")
+    sentences: ClassVar[Mapping[str, str]] = {
+        "rank_multiple": "--rank-multiple: expected an even number of at least 2, together with --kv-size; change the value."
+    }
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "rope_dim": "--rope-dim: a KV size chooses the rotary width itself; give --rank with it, or leave it out."
+    }
+    needs_costs = True
 
-    @property
-    def total(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    kv_size: str | None = option(
+        "Size of the KV cache as a share of the source's, e.g. 25%; split over layers, latent and rotary key by sensitivity.",
+        metavar="SHARE",
+        recorded=True,
+    )
+    kv_bytes_per_token: int | None = option(
+        "The same, as bytes per token of the whole model.", metavar="N", recorded=True
+    )
+    rank_multiple: int | None = option(
+        "With a KV size: widths are multiples of this. [16, or less for caches below 256 numbers]", metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank_multiple is not None and (self.rank_multiple < 2 or self.rank_multiple % 2):
+            raise OptionError(self.sentences["rank_multiple"])
+        positive = self.kv_bytes_per_token is None or self.kv_bytes_per_token > 0
+        require(positive, "--kv-bytes-per-token", "a positive whole number", self.kv_bytes_per_token)
+        if self.kv_size is not None:
+            parse_share(self.kv_size)
+
+    def multiple(self, facts: CacheFacts) -> int:
+        """Step of the ranks."""
+        return self.rank_multiple or default_multiple(facts.cache_width)
+
+    def budget(self, facts: CacheFacts) -> int:
+        if self.kv_size is not None:
+            total = int(parse_share(self.kv_size) * facts.numbers_before + 1e-9)
+        else:
+            total = (self.kv_bytes_per_token or 0) // facts.number_bytes
+        return total - facts.numbers_kept
+
+    def check_source(self, facts: CacheFacts) -> None:
+        """Refuse a budget below one step for latent and rotary key in each layer, or below what kept layers take."""
+        budget, multiple = self.budget(facts), self.multiple(facts)
+        least = (multiple + rope_step(multiple)) * facts.num_layers
+        if budget >= least:
+            return
+        smallest, found = least + facts.numbers_kept, budget + facts.numbers_kept
+        flag = "--kv-size" if self.kv_size is not None else "--kv-bytes-per-token"
+        raise OptionError(
+            f"{flag}: expected at least {smallest / facts.numbers_before:.1%} ({smallest} numbers per token, "
+            f"{smallest * facts.number_bytes} bytes) for {facts.num_layers} converted layers in steps of {multiple}, found "
+            f"{found / facts.numbers_before:.1%} ({found} numbers); allow more, or lower --rank-multiple."
+        )
+
+    def describe(self, facts: CacheFacts, widths: Widths, default: str) -> str:
+        return f"kv_lora_rank and qk_rope_head_dim by sensitivity, ranks in steps of {self.multiple(facts)}"
+
+    def widths(self, survey: WidthSurvey, facts: CacheFacts, rope_dims: Sequence[int]) -> list[Widths]:
+        budget, multiple = self.budget(facts), self.multiple(facts)
+        average = budget / facts.num_layers
+        if facts.same_widths:
+            offers = full_splits(facts.full_rank, facts.most_rope_dim, multiple, int(average))
+            return list(same_widths(survey.costs(offers, average), budget))
+        offers = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, average)
+        return list(split_budget(survey.costs(offers, average), budget))
 
 
 def default_multiple(cache_width: int) -> int:

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xeco_convert.errors import OptionError
+from xeco_convert.ranks.policy import RANK_POLICIES, CacheFacts, RankPolicy, Widths, WidthSurvey
+from xeco_convert.settings import option, require, require_at_most
+
 RANK_MULTIPLE = 8  # as published: ranks are rounded up to a multiple of 8
+_NEEDS_BOTH = "--fixed-ends needs both --energy (for the inner layers) and --rank (for the first and last)."
+
+
+@RANK_POLICIES.add
+@dataclass(frozen=True, kw_only=True)
+class EnergyRanks(RankPolicy):
+    """`energy`: share of the squared spectrum that each layer keeps; with `fixed_ends`, first and last layer get `rank`."""
+
+    name = "energy"
+    order = 1
+    chosen_by = ("energy",)
+    sentences: ClassVar[Mapping[str, str]] = {"fixed_ends": _NEEDS_BOTH}
+
+    energy: float = option(
+        "Rank per layer: keep singular values up to this share of the squared spectrum, rounded up to a multiple of 8.",
+        metavar="SHARE",
+        recorded=True,
+    )
+    fixed_ends: bool = option("With --energy: first and last layer take --rank instead.", False, recorded=True)
+    rank: int | None = option("The rank of first and last layer.", metavar="N", recorded=True)
+
+    def __post_init__(self) -> None:
+        require(0 < self.energy <= 1, "--energy", "a share in (0, 1]", self.energy)
+        require(self.rank is None or self.rank >= 1, "--rank", "a whole number of at least 1", self.rank)
+        if self.fixed_ends and self.rank is None:
+            raise OptionError(_NEEDS_BOTH)
+
+    @classmethod
+    def accepts(cls, selecting: Set[str], values: Mapping[str, Any]) -> bool:
+        ends = {"rank"} if values.get("fixed_ends") else set()
+        return "energy" in selecting and selecting <= {"energy", *ends}
+
+    def check_source(self, facts: CacheFacts) -> None:
+        require_at_most("--rank", self.rank, facts.full_rank, "the full rank of keys and values")
+
+    def describe(self, facts: CacheFacts, widths: Widths, default: str) -> str:
+        return f"kv_lora_rank by energy {self.energy}, qk_rope_head_dim {widths.qk_rope_head_dim}{default}"
+
+    def widths(self, survey: WidthSurvey, facts: CacheFacts, rope_dims: Sequence[int]) -> list[Widths]:
+        ranks = energy_ranks(survey.spectra(), self.energy, ends=self.rank if self.fixed_ends else None)
+        return [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in zip(ranks, rope_dims, strict=True)]
 
 
 def energy_ranks(spectra: Sequence[NDArray[np.float64]], share: float, *, ends: int | None = None) -> tuple[int, ...]:
