@@ -5,6 +5,7 @@ Imports torch and transformers only where a command needs them, so that --help a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -34,8 +35,20 @@ if TYPE_CHECKING:
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 # A sweep makes no output and chooses the widths itself.
 _SWEEP_OPTIONS = (
-    *("calibration", "calibration_tokens", "seed", "refine", "refine_steps", "refine_minutes"),
-    *("rank_multiple", "q_rank", "latent_norm", "qk_norm", "layers", "work_dir", "device", "revision"),
+    "calibration",
+    "calibration_tokens",
+    "refine",
+    "refine_steps",
+    "refine_minutes",
+    "work_dir",
+    "rank_multiple",
+    "q_rank",
+    "latent_norm",
+    "qk_norm",
+    "seed",
+    "layers",
+    "device",
+    "revision",
 )
 _EPILOG = """\b
 Also:
@@ -48,25 +61,38 @@ Also:
 Result on stdout, progress and messages on stderr. Exit code 2: change the command line; 1: anything else."""
 
 
-def _with_convert_options(command: Callable[..., Any], names: Sequence[str] | None = None) -> Callable[..., Any]:
-    """Add one click option for each field of ConvertOptions, or for those of these names."""
-    for field in reversed(ConvertOptions.fields().values()):
-        if names is not None and field.name not in names:
-            continue
-        flag, help_text = flag_of(field.name), help_of(field)
-        if field.type == "bool":
-            command = click.option(flag, is_flag=True, help=help_text)(command)
-            continue
-        choices = choices_of(field)
-        command = click.option(
-            flag,
-            type=click.Choice(choices) if choices else _TYPES[str(field.type).removesuffix(" | None")],
-            default=default_of(field),
-            show_default=default_of(field) is not None,
-            metavar=field.metadata["metavar"],
-            help=help_text,
-        )(command)
-    return command
+class OptionsCommand(click.Command):
+    """A command with a flag for each option of a conversion, behind its arguments: those that are registered when it is run.
+    `option_names`: only these, or all."""
+
+    option_names: Sequence[str] | None = None
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        fields = ConvertOptions.fields()
+        flags = [_flag(fields[name]) for name in self.option_names or fields]
+        own = super().get_params(ctx)
+        arguments = [parameter for parameter in own if isinstance(parameter, click.Argument)]
+        return [*arguments, *flags, *(parameter for parameter in own if parameter not in arguments)]
+
+
+class SweepCommand(OptionsCommand):
+    """A sweep makes no output and chooses the widths itself."""
+
+    option_names = _SWEEP_OPTIONS
+
+
+def _flag(field: dataclasses.Field[Any]) -> click.Option:
+    flag, choices, default = flag_of(field.name), choices_of(field), default_of(field)
+    if field.type == "bool":
+        return click.Option([flag], is_flag=True, help=help_of(field))
+    return click.Option(
+        [flag],
+        type=click.Choice(choices) if choices else _TYPES[str(field.type).removesuffix(" | None")],
+        default=default,
+        show_default=default is not None,
+        metavar=field.metadata["metavar"],
+        help=help_of(field),
+    )
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -87,10 +113,9 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     context.exit()
 
 
-@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
+@click.command(cls=OptionsCommand, epilog=_EPILOG, context_settings={"max_content_width": 110})
 @click.argument("source", metavar="IN")
 @click.argument("output", metavar="OUT", required=False, type=click.Path(path_type=Path))
-@_with_convert_options
 @click.option(
     "--json",
     "json_file",
@@ -183,11 +208,7 @@ def inspect_command(folder: Path, as_json: bool) -> None:
     click.echo(f"KV cache: {after} bytes per token, the source's {before}: {after / before:.1%}")
 
 
-def _with_sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    return _with_convert_options(command, _SWEEP_OPTIONS)
-
-
-@click.command(context_settings={"max_content_width": 110})
+@click.command(cls=SweepCommand, context_settings={"max_content_width": 110})
 @click.argument("source", metavar="IN")
 @click.option(
     "--kv-sizes",
@@ -196,7 +217,6 @@ def _with_sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="LIST",
     help="Sizes of the KV cache to try, in percent of the source's.",
 )
-@_with_sweep_options
 @click.option(
     "--json",
     "json_file",
@@ -344,7 +364,8 @@ _SUBCOMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the subcommand that the first argument names, else the conversion."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command, name = convert_command, "xeco-convert"
+    command: click.Command = convert_command
+    name = "xeco-convert"
     if given and given[0] in _SUBCOMMANDS:
         command, name = _SUBCOMMANDS[given[0]], f"xeco-convert {given[0]}"
         given = given[1:]
