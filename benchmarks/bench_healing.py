@@ -39,9 +39,9 @@ from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss
 
 MARKS = (24_576, 49_152, 98_304, 196_608)
-# An independent implementation, written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch, AdamW 2e-3. What is not
-# known of it (batch, schedule, what trains) was chosen by trying: attention alone, 32 sequences a step, cosine. `paper`
-# is the published method that must be met; TransMLA's has choices of its own that its description leaves open.
+# An independent implementation, written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch,
+# AdamW 2e-3. What is not known of it (batch, schedule, what trains) was chosen by trying: attention alone, 32 sequences a step,
+# cosine. `paper` is the published method that must be met; TransMLA's has choices of its own that its description leaves open.
 DESIGN = {
     ("37.5%", "paper"): (191.9, 49.8, 38.5, 28.9, 25.9),
     ("37.5%", "transmla"): (10.5, 6.4, 5.3, 4.7, 4.5),
@@ -312,9 +312,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--layer-tokens", type=int, default=65536)
         command.add_argument("--layer-steps", type=int, default=200)
         command.add_argument("--only", nargs="+", help="ablation: these variants, the others as --json holds them")
-        command.add_argument("--text", default="text/train.txt", help="ablation: real text, in the shared folder")
+        command.add_argument("--text", default="text/train.txt", help="ablation: real text, below $XECO_SHARED")
         command.add_argument("--json", type=Path)
-        command.add_argument("--design", action="store_true", help="curves: repeat an earlier run and compare with its figures (results/healing.md)")
+        command.add_argument(
+            "--design", action="store_true", help="curves: repeat an earlier run, and compare (results/healing.md)"
+        )
     command = commands.add_parser("loss")
     for flag, value in (("--tokens", 2048), ("--hidden", 2048), ("--vocabulary", 128256), ("--repeats", 3)):
         command.add_argument(flag, type=int, default=value)
