@@ -24,6 +24,7 @@ parser.add_argument(
     "model", nargs="?", default=str(MODEL_FOLDER), help="checkpoint folder or hub id [the embedded model]"
 )
 parser.add_argument("work", nargs="?", help="folder for what is written [a temporary one]")
+parser.add_argument("--text", help="text to calibrate, heal and measure on: .txt, .jsonl, ... [sampled from the model]")
 parser.add_argument("--kv-size", default="50%", help="size of the converted KV cache as a share of the source's")
 parser.add_argument("--calibration-tokens", type=int, default=8192, help="tokens to calibrate on")
 parser.add_argument(
@@ -44,6 +45,7 @@ report = xeco_convert.convert(
     converted,
     kv_size=arguments.kv_size,
     portable=True,
+    calibration=arguments.text,
     calibration_tokens=arguments.calibration_tokens,
 )
 print(
@@ -51,11 +53,13 @@ print(
 )
 
 # 2. Heal:  xeco-distill WORK/converted
-#    Healing trains the converted model on its source's predictions. Text is sampled from the source where none is given
-#    (data="my.jsonl"). First each layer is fitted to the source's layer, then the whole model learns by KL divergence. The folder
-#    is replaced only by a whole, measured checkpoint; the weights before are in WORK/converted.before-healing.
+#    Healing trains the converted model on its source's predictions. Where no text is given (data=None), the source samples it.
+#    Some of the text is held out, to measure on. First each layer is fitted to the source's layer, then the whole model learns by
+#    KL divergence. The folder is replaced only by a whole, measured checkpoint; the weights before are kept in
+#    WORK/converted.before-healing.
 healing = heal(
     converted,
+    data=arguments.text,
     budget_tokens=arguments.heal_tokens,
     layer_tokens=arguments.heal_tokens,
     layer_steps=arguments.layer_steps,
@@ -67,9 +71,11 @@ print(
 )
 
 # 3. Evaluate:  xeco-distill eval WORK/converted
-#    Perplexity, KL from the source, and how often the most likely token is the same; on sampled text, or on data="my.txt".
-#    tasks="arc_easy,hellaswag" adds tasks of lm-eval, needle=True retrieval from long contexts.
-measured = evaluate_checkpoint(converted, EvalOptions(tokens=arguments.eval_tokens, seq_length=128))["quality"]
+#    Perplexity, KL from the source, and how often the most likely token is the same. For figures to publish, take text that was
+#    not trained on. tasks="arc_easy,hellaswag" adds tasks of lm-eval, needle=True retrieval from long contexts.
+measured = evaluate_checkpoint(
+    converted, EvalOptions(data=arguments.text, tokens=arguments.eval_tokens, seq_length=128)
+)["quality"]
 print(
     f"3. perplexity {measured['perplexity_source']:.3f} -> {measured['perplexity']:.3f}, same top token {measured['top1']:.1%}"
 )

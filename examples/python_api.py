@@ -22,6 +22,7 @@ parser.add_argument(
     "model", nargs="?", default=str(MODEL_FOLDER), help="checkpoint folder or hub id [the embedded model]"
 )
 parser.add_argument("output", nargs="?", help="folder to write [a temporary one]")
+parser.add_argument("--text", help="text to calibrate on: .txt, .jsonl, ... [sampled from the model]")
 parser.add_argument("--kv-size", default="50%", help="size of the converted KV cache as a share of the source's")
 parser.add_argument("--calibration-tokens", type=int, default=4096, help="tokens to calibrate on; convert takes 16384")
 parser.add_argument("--prompt", default="Otto was a clever boy, and Ella was his best friend. She had")
@@ -30,19 +31,25 @@ output = arguments.output or str(Path(tempfile.mkdtemp(prefix="xeco-example-")) 
 
 # 1. Ask first what a KV size would cost. `sweep` calibrates and measures at each size and writes no checkpoint. KL is the mean
 #    difference of the next-token predictions from the source's, in nats per token: 0 means that nothing changed.
-outlook = sweep(arguments.model, kv_sizes=("50%", "25%"), calibration_tokens=arguments.calibration_tokens)
+outlook = sweep(
+    arguments.model,
+    kv_sizes=("50%", "25%"),
+    calibration=arguments.text,
+    calibration_tokens=arguments.calibration_tokens,
+)
 for point in outlook.points:
     if point.fidelity is None:
         print(f"KV size {point.kv_size}: {point.problem}")
     else:
         print(f"KV size {point.kv_size}: KL {point.fidelity['kl']:.4f}, same top token {point.fidelity['top1']:.1%}")
 
-# 2. Convert. Every option of the command `xeco-convert` is an argument of the same name, with _ for -. No text is given here,
-#    so the model samples its own calibration text.
+# 2. Convert. Every option of the command `xeco-convert` is an argument of the same name, with _ for -. Where no text is given
+#    (calibration=None), the model samples its own.
 report = xeco_convert.convert(
     arguments.model,
     output,
     kv_size=arguments.kv_size,
+    calibration=arguments.text,
     calibration_tokens=arguments.calibration_tokens,
 )
 

@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 
 from xeco_convert.demo import MODEL_FOLDER
+from xeco_convert.demo.language import generate_text
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Text of the embedded model's language: sampling it from the model takes longer than all else."""
+    file = tmp_path / "my.txt"
+    file.write_text(generate_text(num_stories=100, seed=3), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +52,9 @@ def test_every_example_is_listed_and_tested() -> None:
     assert names == listed == {"python_api.py", "custom_calibration.py", "convert_heal_serve.py"}
 
 
-def test_python_api(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_api(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    run_example("python_api.py", str(MODEL_FOLDER), str(output), "--calibration-tokens", "1024")
+    run_example("python_api.py", str(MODEL_FOLDER), str(output), "--text", str(text), "--calibration-tokens", "1024")
     printed = capsys.readouterr().out
     half, quarter = (number(rf"KV size {size}: KL ([\d.]+)", printed) for size in ("50%", "25%"))
     assert half < quarter
@@ -55,30 +66,26 @@ def test_python_api(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (output / "config.json").is_file()
 
 
-def test_custom_calibration(capsys: pytest.CaptureFixture[str]) -> None:
-    run_example("custom_calibration.py", "--tokens", "1024", "--windows", "4")
+def test_custom_calibration(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("custom_calibration.py", str(MODEL_FOLDER), "--text", str(text), "--tokens", "1024", "--windows", "2")
     printed = capsys.readouterr().out
-    assert "measured on 512 held-out tokens" in printed
+    assert "measured on 256 held-out tokens" in printed
     for name in ("your text", "the model's samples"):
         assert 0 < number(rf"calibrated on {name}: perplexity .* KL ([\d.]+)", printed) < 0.5
-
-
-def test_custom_calibration_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The text is divided: what is measured on was not calibrated on."""
-    from xeco_convert.demo.language import generate_text
-
-    text = tmp_path / "my.txt"
-    text.write_text(generate_text(num_stories=60, seed=3), encoding="utf-8")
-    run_example("custom_calibration.py", str(MODEL_FOLDER), "--text", str(text), "--tokens", "512", "--windows", "1")
-    assert "measured on 128 held-out tokens" in capsys.readouterr().out
     calibration = next(tmp_path.glob("xeco-example-*/calibration.txt")).read_text(encoding="utf-8")
-    assert text.read_text(encoding="utf-8").startswith(calibration)
-    assert len(calibration) <= 0.9 * len(text.read_text(encoding="utf-8"))
+    whole = text.read_text(encoding="utf-8")
+    assert whole.startswith(calibration) and len(calibration) <= 0.9 * len(whole)  # the rest measures
 
 
-def test_convert_heal_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"--calibration-tokens": 1024, "--heal-tokens": 2048, "--layer-steps": 4, "--eval-tokens": 1024}
-    pairs = [text for flag, value in settings.items() for text in (flag, str(value))]
+def test_convert_heal_serve(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {
+        "--text": text,
+        "--calibration-tokens": 512,
+        "--heal-tokens": 2048,
+        "--layer-steps": 4,
+        "--eval-tokens": 1024,
+    }
+    pairs = [part for flag, value in settings.items() for part in (flag, str(value))]
     run_example("convert_heal_serve.py", str(MODEL_FOLDER), str(tmp_path / "work"), *pairs)
     printed = capsys.readouterr().out
     assert number(r"1\. converted: .* \(([\d.]+)%\)", printed) <= 50
