@@ -32,7 +32,8 @@ FLAG = re.compile(r"--[a-z][\w-]*")
 
 def texts() -> Iterator[Path]:
     """Every text file of the repository but this one."""
-    yield from (file for file in ROOT.iterdir() if file.is_file() and file.suffix in TEXTS and file.name != ".git")
+    yield from (file for file in ROOT.iterdir() if file.is_file() and file.suffix in TEXTS - {""})
+    yield ROOT / "Makefile"
     for folder in FOLDERS:
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and file.suffix in TEXTS and "__pycache__" not in file.parts and file != Path(__file__):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import xeco_convert
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.demo.language import generate_text
 
@@ -50,6 +51,19 @@ def test_every_example_is_listed_and_tested() -> None:
     names = {file.name for file in EXAMPLES.glob("*.py")}
     listed = set(re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
     assert names == listed == {"python_api.py", "custom_calibration.py", "convert_heal_serve.py"}
+
+
+def test_the_readme_s_lines_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands behind its command works on what the command writes."""
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    assert len(lines) == 1
+    monkeypatch.chdir(tmp_path)
+    xeco_convert.convert(MODEL_FOLDER, "out/", rank=64, rope_dim=16, init="paper")
+    exec(lines[0].replace("Once upon a time", "Otto was a clever boy"), {})
+    assert "Otto was a clever boy" in capsys.readouterr().out
 
 
 def test_python_api(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
