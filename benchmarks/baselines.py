@@ -7,8 +7,8 @@ what that leaves of the keys goes un-rotated, and keys and values together throu
 `transmla`: TransMLA's method (arXiv 2502.07864), written from its description: the same with second moments of
 the activations on the calibration text, and keys and values balanced by their norms before the joint principal component
 analysis. Where there are fewer slots than frequencies, adjacent frequencies are folded: they share a slot, which turns at
-the fastest of them. `attended` weights tokens by the attention that they receive, as the design's second table does; it is
-a little better than plain moments.
+the fastest of them. `attended` weights tokens by the attention that they receive; it is a little
+better than plain moments.
 
 Letters: G groups, H heads, d head_dim, F = d/2 frequencies, S = P/2 rotary slots, X hidden_size.
 """

@@ -4,7 +4,7 @@
     python benchmarks/bench_fidelity.py --checkpoint IN --text FILE --window 512 --num-windows 24 --kv 24+8 48+16
 
 Ways to convert: paper, calibrated (on text), sampled (calibrated on samples of the source), refined (calibrated on text, with
---refine), and the baselines of baselines.py: weights, transmla. A preset reproduces a table of the design with its exact
+--refine), and the baselines of baselines.py: weights, transmla. A preset makes a table of results/fidelity.md with its exact
 settings, prints the expected figure beside the measured one, and exits with 1 where they differ by more than 5 %, or where a
 perplexity is above the one that must be reached.
 """
@@ -57,7 +57,7 @@ class Preset:
     expected_source: float
     expected: Mapping[tuple[str, str], float] = field(default_factory=dict)
     init: tuple[str, ...] = ("paper",)
-    # rank + rope of those that have no KV budget, by KV size and method: the best that the design lists
+    # rank + rope of those that have no KV budget, by KV size and method: the best that were tried
     pairs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     attended: bool = True
     calibration: str | None = None
@@ -82,7 +82,7 @@ def _pairs(**baselines: str) -> dict[str, str]:
     return {"paper": baselines["paper"], **dict.fromkeys(BASELINES, baselines["others"])}
 
 
-# Expected figures are those of a prototype written before this package; paths are relative to the folder of real checkpoints.
+# Expected figures are those of an independent implementation, written before this package; paths are relative to $XECO_SHARED.
 PRESETS = {
     "stories260k": Preset(
         checkpoint="checkpoints/stories260k",
@@ -351,7 +351,7 @@ def deviations(rows: Sequence[Row], expected_source: float | None) -> list[str]:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, those of a preset filled in where they are not given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="a table of the design, with its settings")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="a table of results/fidelity.md, with its settings")
     parser.add_argument("--checkpoint", type=Path, help="folder of the source")
     parser.add_argument("--text", type=Path, help="text that measures, taken raw")
     parser.add_argument("--ids", type=Path, help="JSON list of token sequences that measure, instead of --text")

@@ -39,9 +39,9 @@ from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss
 
 MARKS = (24_576, 49_152, 98_304, 196_608)
-# A prototype written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch, AdamW 2e-3. What is not
-# known of it (batch, schedule, what trains) was found by trying: attention alone, 32 sequences a step, cosine. `paper` is the
-# published method that must be met; TransMLA's has choices of its own that its description leaves open.
+# An independent implementation, written before this package: stories260k, 768 sequences of 256 sampled tokens, one epoch,
+# AdamW 2e-3. What is not known of it (batch, schedule, what trains) was chosen by trying: attention alone, 32 sequences a step,
+# cosine. `paper` is the published method that must be met; TransMLA's has choices of its own that its description leaves open.
 DESIGN = {
     ("37.5%", "paper"): (191.9, 49.8, 38.5, 28.9, 25.9),
     ("37.5%", "transmla"): (10.5, 6.4, 5.3, 4.7, 4.5),
@@ -94,23 +94,23 @@ def curves(options: argparse.Namespace) -> int:
 
 
 def deviations(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Figures of the published method that differ from the design's table by more than the tolerance."""
+    """Figures of the published method that differ from the earlier run's by more than the tolerance."""
     sentences = []
     for run in runs:
         expected = DESIGN.get((run["kv"], run["init"]), ()) if run["init"] == "paper" else ()
         for point, wanted in zip(run["points"], expected, strict=False):
             if not abs(point["perplexity"] / wanted - 1) <= TOLERANCE:
                 where = f"{run['kv']} {run['init']} after {point['tokens']:,} tokens"
-                sentences.append(f"{where}: {point['perplexity']:.4g}, the design has {wanted}")
+                sentences.append(f"{where}: {point['perplexity']:.4g}, the earlier run has {wanted}")
     return sentences
 
 
 def _compared(run: dict[str, Any]) -> list[Any]:
-    """The design's figures, and how far the measured ones are from them."""
+    """The earlier run's figures, and how far the measured ones are from them."""
     expected = DESIGN.get((run["kv"], run["init"]), ())
     pairs = zip(run["points"], expected, strict=False)
     cells = (f"{wanted:g} ({point['perplexity'] / wanted - 1:+.1%})" for point, wanted in pairs)
-    return [run["kv"], f"{run['init']}, design", *cells]
+    return [run["kv"], f"{run['init']}, earlier run", *cells]
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -312,9 +312,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--layer-tokens", type=int, default=65536)
         command.add_argument("--layer-steps", type=int, default=200)
         command.add_argument("--only", nargs="+", help="ablation: these variants, the others as --json holds them")
-        command.add_argument("--text", default="text/train.txt", help="ablation: real text, in the shared folder")
+        command.add_argument("--text", default="text/train.txt", help="ablation: real text, below $XECO_SHARED")
         command.add_argument("--json", type=Path)
-        command.add_argument("--design", action="store_true", help="curves: reproduce the table of the design")
+        command.add_argument(
+            "--design", action="store_true", help="curves: repeat an earlier run, and compare (results/healing.md)"
+        )
     command = commands.add_parser("loss")
     for flag, value in (("--tokens", 2048), ("--hidden", 2048), ("--vocabulary", 128256), ("--repeats", 3)):
         command.add_argument(flag, type=int, default=value)

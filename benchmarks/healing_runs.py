@@ -52,7 +52,7 @@ class Checkpoint:
         return SHARED / "checkpoints" / self.name
 
     def held_out(self, tokenizer: Any) -> Rows:
-        """The windows that measure: those of the design's tables."""
+        """The windows that measure: those of bench_fidelity.py."""
         if self.ids is not None:
             windows = sequence_windows(json.loads((SHARED / self.ids).read_text())[-80:], self.row_length)
         else:
@@ -76,7 +76,7 @@ CHECKPOINTS = {
             "12.5%": {"paper": (4, 4), "transmla": (4, 4)},
         },
     ),
-    # the better of the published splits that the design tried
+    # the better of the published splits that were tried
     "tinystories-gqa": Checkpoint(
         name="tinystories-gqa",
         row_length=512,
@@ -179,7 +179,7 @@ class Bench:
         return folder
 
     def _calibration(self) -> torch.Tensor:
-        """The windows that the design's tables calibrate on."""
+        """The windows that bench_fidelity.py calibrates on."""
         if self.checkpoint.ids is not None:
             return sequence_windows(json.loads((SHARED / self.checkpoint.ids).read_text())[:80], 256)
         text = (SHARED / "text/train.txt").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Hooks of mkdocs: the READMEs become pages, links between files become links between pages, nothing comes from elsewhere.
+"""Hooks of mkdocs: READMEs, result pages and examples become pages, links between files become links between pages, nothing
+comes from elsewhere.
 
 Pages are written for reading in the repository. The site has them at other places, so a relative link is resolved in the
 repository and replaced by the way to the page of that file; a link to a file that has no page fails the build.
@@ -20,9 +21,16 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks/index.md",
     "csrc/README.md": "csrc/index.md",
+    "examples/README.md": "examples/index.md",
 }
+PAGES |= {
+    f"benchmarks/results/{file.name}": f"benchmarks/results/{file.name}"
+    for file in ROOT.glob("benchmarks/results/*.md")
+}
+PAGES |= {f"examples/{file.name}": f"examples/{file.stem}.md" for file in ROOT.glob("examples/*.py")}
 IMAGES = "benchmarks/results/*.png"
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 _LOADED = re.compile(
@@ -34,17 +42,26 @@ _IN_STYLES = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//[^"')\
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and images that lie outside docs/."""
     for source, place in PAGES.items():
-        files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
+        files.append(File.generated(config, place, content=_page(source)))
     for image in sorted(ROOT.glob(IMAGES)):
         place = image.relative_to(ROOT).as_posix()
         files.append(File.generated(config, place, abs_src_path=str(image)))
     return files
 
 
+def _page(source: str) -> str:
+    """A file of the repository as Markdown; a script as a block of code under its name."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    return f"# {source}\n\n```python\n{text}```\n" if source.endswith(".py") else text
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn links to files of the repository into links to their pages. Raises `PluginError` where there is none."""
     here = page.file.src_uri
     source = next((name for name, place in PAGES.items() if place == here), f"docs/{here}")
+
+    if source.endswith(".py"):
+        return markdown
 
     def replaced(match: re.Match[str]) -> str:
         target, anchor = match.group(1), match.group(2) or ""
