@@ -10,12 +10,28 @@ from typing import Any
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_PATTERNS = (
-    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*tekken*.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*tekken*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
 )
 _OTHER_PATTERNS = (
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "COPYING*",
 )
 # What a download needs for the files that this module finds; which code and lists belong to a tokenizer shows only then.
 DOWNLOAD_PATTERNS = (*_TOKENIZER_PATTERNS, *_OTHER_PATTERNS, "README.md", "*.py", "*.json", "*.txt")

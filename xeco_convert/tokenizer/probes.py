@@ -10,22 +10,35 @@ from xeco_convert.tokenizer.loading import quiet
 
 # Each text is one that some rule of splitting, normalising or joining treats in its own way.
 _TEXTS = (
-    *("", " ", "   ", "\n", "\n\n\n", "\t\t", "a", " a", "a ", "  a  b   c    ", "\n a\r\n\tb \n\n  c"),
-    *("The quick brown fox didn't jump; it's WE'LL-known, isn't it?!", "HTMLParser camelCase snake_case kebab-case"),
-    *("0 7 42 123 1234 12345 123456789 3.14159 1,000,000 1e-5 0x1F ½ ²", "a1b22c333 v1.2.3-rc4 2026-11-26T01:15:44Z"),
-    *("Ünïcödé café café naïve Straße Ærø Œuvre İstanbul", "Ελληνικά Русский текст עברית"),
-    *(
-        "中文文本没有空格。日本語のテキスト、カタカナ。한국어 텍스트",
-        "العربية مَرْحَبًا ١٢٣",
-        "हिन्दी क्षत्रिय १२३",
-        "ภาษาไทยไม่มีช่องว่าง",
-    ),
-    *("👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 ❤️ 🇩🇪", "ﬁ ① Ａ　full　width \u00a0nbsp\u200bzero\u00adsoft ▁ Ġ", "\ufeffbom \ufffd \x00\x07"),
-    *(
-        "def f(self):\n    return x[12345]  # ==> {'a': \"b\\n\"}\n\n\n\tif a!=b&&c||d: i++;",
-        "https://a.b/c?d=e#g user@c.de",
-    ),
-    *("<s> </s> <unk> <pad> <|endoftext|> [INST] x [/INST] <bos><eos>", "((((----____====....!!!!????", "....\n....\n"),
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n\n",
+    "\t\t",
+    "a",
+    " a",
+    "a ",
+    "  a  b   c    ",
+    "\n a\r\n\tb \n\n  c",
+    "The quick brown fox didn't jump; it's WE'LL-known, isn't it?!",
+    "HTMLParser camelCase snake_case kebab-case",
+    "0 7 42 123 1234 12345 123456789 3.14159 1,000,000 1e-5 0x1F ½ ²",
+    "a1b22c333 v1.2.3-rc4 2026-11-26T01:15:44Z",
+    "Ünïcödé café café naïve Straße Ærø Œuvre İstanbul",
+    "Ελληνικά Русский текст עברית",
+    "中文文本没有空格。日本語のテキスト、カタカナ。한국어 텍스트",
+    "العربية مَرْحَبًا ١٢٣",
+    "हिन्दी क्षत्रिय १२३",
+    "ภาษาไทยไม่มีช่องว่าง",
+    "👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 ❤️ 🇩🇪",
+    "ﬁ ① Ａ　full　width \u00a0nbsp\u200bzero\u00adsoft ▁ Ġ",
+    "\ufeffbom \ufffd \x00\x07",
+    "def f(self):\n    return x[12345]  # ==> {'a': \"b\\n\"}\n\n\n\tif a!=b&&c||d: i++;",
+    "https://a.b/c?d=e#g user@c.de",
+    "<s> </s> <unk> <pad> <|endoftext|> [INST] x [/INST] <bos><eos>",
+    "((((----____====....!!!!????",
+    "....\n....\n",
 )
 _CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": " Hi, 12345! "}],
@@ -47,15 +60,14 @@ _TOOLS = [
     }
 ]
 _SETTINGS = (
-    *(
-        "padding_side",
-        "truncation_side",
-        "model_max_length",
-        "model_input_names",
-        "special_tokens_map",
-        "all_special_ids",
-    ),
-    *("clean_up_tokenization_spaces", "chat_template"),
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+    "model_input_names",
+    "special_tokens_map",
+    "all_special_ids",
+    "clean_up_tokenization_spaces",
+    "chat_template",
 )
 
 
