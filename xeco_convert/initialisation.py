@@ -61,7 +61,7 @@ class Initialisation(ABC):
 
     `about`: for the help of --init. `advice`: a sentence or two of the model card. `measures_costs`: whether it can tell what
     widths would cost at the model's output. `key_value_biases`: projections of a converted layer that carry the biases of the
-    source's keys and values. `chooses_frequencies`: whether rotary pairs use chosen frequencies of the source.
+    source's keys and values.
     """
 
     name: ClassVar[str]
@@ -70,7 +70,6 @@ class Initialisation(ABC):
     advice: ClassVar[str]
     measures_costs: ClassVar[bool] = False
     key_value_biases: ClassVar[tuple[str, ...]] = ("kv_a",)
-    chooses_frequencies: ClassVar[bool] = False
 
     @classmethod
     def refusal(cls, name: str, owners: str) -> str:

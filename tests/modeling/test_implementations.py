@@ -14,7 +14,7 @@ from builders import exact_model, random_ids, source_model
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from xeco_convert.modeling import LatentSelfAttention, modeling_xeco
+from xeco_convert.modeling import LatentSelfAttention, attention_xeco
 from xeco_convert.ops import fused, mask_ranges
 from xeco_convert.ops.choice import AttentionChoiceError
 from xeco_convert.ops.extension import extension
@@ -458,7 +458,7 @@ def test_without_the_extension_models_run_in_plain_torch_after_one_warning(
 
 
 def test_the_model_asks_one_function_alone() -> None:
-    """What modeling_xeco uses is what tests/ops/test_choice.py tests."""
+    """What attention_xeco uses is what tests/ops/test_choice.py tests."""
     from xeco_convert.ops import choice
 
-    assert modeling_xeco.choose is choice.choose
+    assert attention_xeco.choose is choice.choose

@@ -7,7 +7,7 @@ import torch
 from builders import random_ids
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from xeco_convert.modeling import modeling_xeco
+from xeco_convert.modeling import attention_xeco
 from xeco_convert.ops import choice
 from xeco_convert.ops.extension import extension
 
@@ -31,7 +31,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
             taken.append(path)
             return choice.Choice(path, "the test says so")
 
-        monkeypatch.setattr(modeling_xeco, "choose", chosen)
+        monkeypatch.setattr(attention_xeco, "choose", chosen)
         return taken
 
     return force

@@ -9,7 +9,7 @@ from builders import random_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from xeco_convert.modeling import modeling_xeco
+from xeco_convert.modeling import attention_xeco
 from xeco_convert.ops.choice import Choice
 from xeco_convert.ops.extension import extension
 
@@ -44,7 +44,7 @@ def test_all_paths_give_the_same_gradients(student: PreTrainedModel, monkeypatch
     ids, gradients = random_ids(2, 14), []
     paths = ["expanded", "absorbed", "reference"] + ([] if extension() is None else ["fused"])
     for path in paths:
-        monkeypatch.setattr(modeling_xeco, "choose", lambda *_, path=path: Choice(path, "the test says so"))
+        monkeypatch.setattr(attention_xeco, "choose", lambda *_, path=path: Choice(path, "the test says so"))
         gradients.append(gradients_of(student, ids))
     for path, found in zip(paths, gradients, strict=True):
         for name, gradient in found.items():

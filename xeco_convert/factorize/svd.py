@@ -39,13 +39,6 @@ def thin_svd(matrix: Tensor, rank: int | None = None) -> LowRank:
     return LowRank(left=exact @ vectors * scale, right=right, singular_values=singular_values)
 
 
-def truncate(factors: LowRank, rank: int) -> LowRank:
-    """The best approximation of rank `rank`: the first columns and rows (Eckart and Young)."""
-    return LowRank(
-        left=factors.left[:, :rank], right=factors.right[:rank], singular_values=factors.singular_values[:rank]
-    )
-
-
 def _lower_gram(rows: Tensor) -> Tensor:
     """rows·rowsᵀ below the diagonal and in blocks on it, which is all that eigh reads: a third less work than the whole."""
     gram = rows.new_zeros(rows.shape[0], rows.shape[0])

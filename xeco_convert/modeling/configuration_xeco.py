@@ -23,6 +23,7 @@ MODEL_TYPE_PREFIX = "xeco_"
 CODE_FILES = (
     "configuration_xeco.py",
     "modeling_xeco.py",
+    "attention_xeco.py",
     "modeling_xeco_multimodal.py",
     "arguments_xeco.py",
     "layer_xeco.py",

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from .configuration_xeco import MULTIMODAL, multimodal_config_class
-from .modeling_xeco import XecoModelMixin, family_model_class, register_weight_conversion
+from .modeling_xeco import family_model_class, model_class
 
 _KINDS = ("ForConditionalGeneration", "Model")
 
@@ -21,27 +21,16 @@ def multimodal_model_class(prefix: str, kind: str) -> Any:
     name = f"Xeco{prefix}{MULTIMODAL}{kind}"
     if name not in globals():
         source = getattr(transformers, f"{prefix}{kind}")
-        register_weight_conversion(source, name, multimodal_config_class(prefix).model_type)
-        attributes = {
-            "__module__": __name__,
-            "__doc__": f"{source.__name__} whose text model's attention was converted to MLA by xeco-convert.",
-            "__init__": _initialiser(source),
-            "config_class": multimodal_config_class(prefix),
-        }
-        globals()[name] = type(name, (XecoModelMixin, source), attributes)
+
+        def initialise(self: Any, config: Any) -> None:
+            _register_text_model(config.text_config)
+            source.__init__(self, config)
+
+        globals()[name] = model_class(name, __name__, source, multimodal_config_class(prefix), initialise)
     return globals()[name]
 
 
-def _initialiser(source: Any) -> Any:
-    def initialise(self: Any, config: Any) -> None:
-        _know_text_model(config.text_config)
-        source.__init__(self, config)
-
-    initialise.__annotations__ = {}  # as in modeling_xeco
-    return initialise
-
-
-def _know_text_model(config: Any) -> None:
+def _register_text_model(config: Any) -> None:
     """The source's class builds its text model by AutoModel, which finds it by the class of its configuration."""
     prefix = type(config).__name__.removeprefix("Xeco").removesuffix("Config")
     if type(config).__name__ == f"Xeco{prefix}Config":

@@ -29,7 +29,6 @@ class CalibratedInitialisation(Initialisation):
     about = "closed form from the model's activations"
     advice = "Factors in closed form from the source's own activations (xeco-convert's calibrated initialisation)."
     measures_costs = True
-    chooses_frequencies = True
 
     calibration: str | None = option(
         "Text to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv (also .gz), .parquet, or a data set's name. "
