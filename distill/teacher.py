@@ -84,7 +84,7 @@ def check_vocabulary(student: CheckpointIndex, teacher: TeacherPlace) -> None:
         if teacher.is_source:
             advice += f"; if OUT was converted from it, `xeco-convert refresh {student.folder}` renews OUT's tokenizer"
         raise TeacherError(
-            f"{teacher.name}: its tokenizer differs from the student's: {found.probe} {found.found}, for the student "
+            f"{teacher.name}: its tokenizer differs from the student's: {found.probe} {found.actual}, for the student "
             f"{found.expected}; {advice}."
         )
 

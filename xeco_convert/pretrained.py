@@ -87,7 +87,7 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
         options = {"attn_implementation": "eager", **options}
     try:
         with _no_progress_bars(), _loadable(folder) as whole:
-            model, found = auto_class(config).from_pretrained(
+            model, loading_info = auto_class(config).from_pretrained(
                 whole,
                 config=config,
                 dtype=dtype,
@@ -98,9 +98,10 @@ def load_causal_lm(folder: Path, dtype: Any, **options: Any) -> Any:
             )
     except Exception as error:  # of transformers, safetensors, torch
         raise CheckpointError(f"{folder}: the model could not be loaded ({reason_of(error)}).") from None
-    if found["missing_keys"]:
+    if loading_info["missing_keys"]:
         raise CheckpointError(
-            f"{folder}: the weights hold no {min(found['missing_keys'])}, which the model needs; download or convert it again."
+            f"{folder}: the weights hold no {min(loading_info['missing_keys'])}, which the model needs; download or convert it "
+            "again."
         )
     return model
 

@@ -152,17 +152,17 @@ class LayerRefinement:
         for _ in range(_SCORE_ROUNDS):
             before = least
             for factors in ScoreRefit(best, self._heads, self._context, tokens).offers():
-                found = self.held_out_error(factors)
-                if found < least:
-                    best, least = factors, found
+                remaining = self.held_out_error(factors)
+                if remaining < least:
+                    best, least = factors, remaining
                 if time.monotonic() > deadline:
                     break
             if least == before or time.monotonic() > deadline:
                 break
             values = self._refit(best)
-            found = self.held_out_error(values)
-            if found < least:
-                best, least = values, found
+            remaining = self.held_out_error(values)
+            if remaining < least:
+                best, least = values, remaining
         return best, least
 
     def _score_tokens(self, part: slice) -> ScoreTokens:

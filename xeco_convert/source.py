@@ -269,8 +269,8 @@ def _assembled(
     own = deepcopy(converter)
     for pattern, one in stored:
         own.add_tensor(name, one, pattern, read(one))
-    made = own.convert(name, model=skeleton, config=skeleton.config)[name]
-    whole: Tensor = made[0] if isinstance(made, list) else made
+    assembled = own.convert(name, model=skeleton, config=skeleton.config)[name]
+    whole: Tensor = assembled[0] if isinstance(assembled, list) else assembled
     return whole
 
 
@@ -296,13 +296,13 @@ def _check_parameters(source: SourceModel) -> None:
     expected = [count * geometry.head_dim for count in (heads, groups, groups)]
     fused = source.family.attention.get(FUSED, "").rpartition(".")[2]
     if fused:
-        found, expected = [attention.get_submodule(fused).weight.shape[0]], [sum(expected)]
+        actual, expected = [attention.get_submodule(fused).weight.shape[0]], [sum(expected)]
     else:
-        found = [attention.get_submodule(which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
-    if found != expected:
+        actual = [attention.get_submodule(which).weight.shape[0] for which in ("q_proj", "k_proj", "v_proj")]
+    if actual != expected:
         raise UnsupportedModelError(
             f"config.json: expected projections of {expected} rows for {heads} heads in {groups} groups of "
-            f"{geometry.head_dim}, found {found} in transformers' class; this version does not understand the model."
+            f"{geometry.head_dim}, found {actual} in transformers' class; this version does not understand the model."
         )
 
 
@@ -312,10 +312,10 @@ def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None
         _check_dtype(source.index, stored)
     if parts.converter is None:
         stored = parts.stored[0][1]
-        found = headers[stored].shape
-        if found != shape:
+        stored_shape = headers[stored].shape
+        if stored_shape != shape:
             raise CheckpointError(
-                f"{source.index.files[stored]}: {stored} has the shape {list(found)}, expected {list(shape)} from "
+                f"{source.index.files[stored]}: {stored} has the shape {list(stored_shape)}, expected {list(shape)} from "
                 "config.json; the two do not belong together."
             )
         return
@@ -323,15 +323,15 @@ def _check_shape(source: SourceModel, name: str, shape: tuple[int, ...]) -> None
     where = f"{source.index.files[first]}: {first} and its like ({len(parts.stored)} tensors)"
     try:
         with torch.device("meta"):
-            made = source.read_parameter(name, lambda one: torch.empty(headers[one].shape))
+            assembled = source.read_parameter(name, lambda one: torch.empty(headers[one].shape))
     except Exception as error:  # operations of transformers on tensors that do not fit each other
         raise CheckpointError(
             f"{where} cannot be put together to {name} {list(shape)} ({reason_of(error)}); the weights do not belong to this "
             "config.json, or some are missing."
         ) from None
-    if tuple(made.shape) != shape:
+    if tuple(assembled.shape) != shape:
         raise CheckpointError(
-            f"{where} make up {name} in the shape {list(made.shape)}, expected {list(shape)} from config.json; some are "
+            f"{where} make up {name} in the shape {list(assembled.shape)}, expected {list(shape)} from config.json; some are "
             "missing, or the two do not belong together."
         )
 

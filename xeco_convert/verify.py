@@ -133,8 +133,8 @@ def check_path_to_logits(plan: ConversionPlan, folder: Path) -> float | None:
     ids = torch.randint(0, plan.source.values["vocab_size"], (1, _PATH_TOKENS), generator=generator)
     outputs: dict[int, Tensor] = {}
     expected = _logits(plan, plan.source.index.folder, ids, outputs, replace=False)
-    found = _logits(plan, folder, ids, outputs, replace=True)
-    error = float((found - expected).abs().max() / expected.std())
+    actual = _logits(plan, folder, ids, outputs, replace=True)
+    error = float((actual - expected).abs().max() / expected.std())
     tolerance = PATH_TOLERANCES["F32" if plan.options.dtype is None else plan.dtype]
     if not error <= tolerance:
         raise VerificationError(

@@ -85,9 +85,9 @@ class _TextFile:
     def records(self) -> Iterator[Mapping[str, Any]]:
         """What the file holds."""
         if self._kind not in _KINDS or (self._kind == ".parquet" and self._packing):
-            found = f"{self._kind}{self._packing}" or "no suffix"
+            kind = f"{self._kind}{self._packing}" or "no suffix"
             raise CheckpointError(
-                f"{self._where}: expected a suffix that says what the file holds, found {found}; read are {_KINDS_IN_WORDS}: "
+                f"{self._where}: expected a suffix that says what the file holds, found {kind}; read are {_KINDS_IN_WORDS}: "
                 "rename or convert the file."
             )
         with self._told():

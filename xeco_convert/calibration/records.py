@@ -89,7 +89,7 @@ class Encoder:
     def _completion(self, prompt: str, completion: str) -> Document:
         before = self._tokens(prompt, add_special_tokens=self.marks)
         ids = self._ended([*before, *self._tokens(completion, add_special_tokens=False)])
-        learned = [not self.assistant_only or place >= len(before) for place in range(len(ids))]
+        learned = [not self.assistant_only or position >= len(before) for position in range(len(ids))]
         return Document(ids=ids, learned=learned)
 
     def _chat(self, messages: list[Any], record: Mapping[str, Any]) -> Document:

@@ -209,14 +209,14 @@ class SourceStream:
 
     def _embedded(self) -> Tensor:
         """Hidden states before the first layer [W, T, X]: only the rows of the tokens that occur are kept."""
-        wanted, places = self._windows.ids.unique(return_inverse=True)
-        rows = torch.zeros(wanted.numel(), self._source.geometry.hidden_size)
+        used_ids, positions = self._windows.ids.unique(return_inverse=True)
+        rows = torch.zeros(used_ids.numel(), self._source.geometry.hidden_size)
         start = 0
         for chunk in self._reader.read_chunks(self._source.stored_name(self._source.family.embedding)):
-            inside = (wanted >= start) & (wanted < start + chunk.shape[0])
-            rows[inside] = chunk[wanted[inside] - start].float()
+            inside = (used_ids >= start) & (used_ids < start + chunk.shape[0])
+            rows[inside] = chunk[used_ids[inside] - start].float()
             start += chunk.shape[0]
-        hidden = self._source.embedding_scale * rows[places].to(self._device)
+        hidden = self._source.embedding_scale * rows[positions].to(self._device)
         _check_finite(hidden, "the embedding of the calibration text")
         return hidden
 

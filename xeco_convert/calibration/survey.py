@@ -62,8 +62,8 @@ class Survey:
         self._average = average
         tokens = _BRANCH_TOKENS if len(layers) <= _MOST_BRANCHES // 2 else _BRANCH_TOKENS // 2
         self._windows = windows.first(max(1, tokens // windows.ids.shape[1]))
-        places = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_BRANCHES)).round().astype(int))
-        self._branching = frozenset(layers[place] for place in places)
+        numbers = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_BRANCHES)).round().astype(int))
+        self._branching = frozenset(layers[place] for place in numbers)
         self._layers: dict[int, _Surveyed] = {}
         self._branches: dict[int, Tensor] = {}
 
@@ -103,17 +103,17 @@ class Survey:
             errors[offer] = error(offer)
         # the branch stands for what this layer will be: the best of those that take the average
         branch = best_of_total(errors, self._average)
-        made = factors(branch)
+        branch_factors = factors(branch)
         if probe is not None:
             refined, probed = {}, probed_offers(errors, branch)
             for number, offer in enumerate(probed):
                 on_progress(1 - of_probes * (1 - number / len(probed)))
                 refined[offer] = probe(factors(offer))
-            made = refined[branch][0]
+            branch_factors = refined[branch][0]
             errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()})
         if view.number in self._branching:
             hidden = view.inputs[: self._windows.ids.shape[0]]
-            attention = mla_output(made, heads, view.normed(hidden), context)
+            attention = mla_output(branch_factors, heads, view.normed(hidden), context)
             self._branches[view.number] = view.run_with_attention(hidden, attention)
         branch_error = errors[branch] if view.number in self._branching else None
         self._layers[view.number] = _Surveyed(errors=errors, branch_error=branch_error)
@@ -145,8 +145,8 @@ def best_of_total(errors: Mapping[Widths, float], total: float) -> Widths:
 def probed_offers(errors: Mapping[Widths, float], branch: Widths) -> list[Widths]:
     """The branch's offer, and the best of a few other sums of widths from the smallest to the largest."""
     totals = sorted({offer.total for offer in errors} - {branch.total})
-    places = np.unique(np.linspace(0, len(totals) - 1, min(len(totals), _MOST_PROBES - 1)).round().astype(int))
-    return [branch, *(best_of_total(errors, totals[place]) for place in places if totals)]
+    numbers = np.unique(np.linspace(0, len(totals) - 1, min(len(totals), _MOST_PROBES - 1)).round().astype(int))
+    return [branch, *(best_of_total(errors, totals[place]) for place in numbers if totals)]
 
 
 def refined_errors(errors: Mapping[Widths, float], left: Mapping[Widths, float]) -> dict[Widths, float]:

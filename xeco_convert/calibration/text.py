@@ -28,11 +28,11 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
     special_ids = frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids) - {unknown}
     encoder = Encoder(tokenizer=tokenizer, name=calibration, flag="--calibration", vocabulary=_vocabulary_size(folder))
     documents: list[list[int]] = []
-    found = 0
+    count = 0
     for record in islice(read_records(calibration), _MOST_DOCUMENTS):
         documents.append(list(encoder.encode(record).ids))
-        found += len(documents[-1])
-        if found >= num_tokens:
+        count += len(documents[-1])
+        if count >= num_tokens:
             break
     windows = windows_of_documents(
         documents,

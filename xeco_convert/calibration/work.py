@@ -39,10 +39,10 @@ class WorkFolder:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
                 marker.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
-            found = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
+            recorded = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
         except (OSError, ValueError, AttributeError) as error:
             raise OutputError(f"--work-dir: {self._folder} cannot be used ({error}); choose another folder.") from None
-        if found != fingerprint:
+        if recorded != fingerprint:
             raise OptionError(
                 f"--work-dir: {self._folder} holds results of another source or of other options; "
                 "repeat that run's options to continue it, or choose an empty folder."

@@ -42,14 +42,14 @@ _OF_THE_MODEL = ("config.json", "README.md", "model.safetensors.index.json")
 
 def companion_files(folder: Path) -> list[Path]:
     """Everything of a checkpoint folder that is copied as it is, relative to the folder, in a fixed order."""
-    found = {path.relative_to(folder) for path in _matching(folder, _OTHER_PATTERNS)}
-    return sorted(found | set(tokenizer_files(folder)))
+    names = {path.relative_to(folder) for path in _matching(folder, _OTHER_PATTERNS)}
+    return sorted(names | set(tokenizer_files(folder)))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Vocabulary, settings, chat templates and code of the tokenizer, relative to the folder; empty where there is none."""
-    found = {path.relative_to(folder) for path in _matching(folder, _TOKENIZER_PATTERNS)}
-    return sorted(found | set(_referred_files(folder)))
+    names = {path.relative_to(folder) for path in _matching(folder, _TOKENIZER_PATTERNS)}
+    return sorted(names | set(_referred_files(folder)))
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -84,23 +84,23 @@ def _referred_files(folder: Path) -> list[Path]:
 
 def _with_imports(folder: Path, names: list[str]) -> list[Path]:
     """These modules of the folder, and those that they import relatively, at any depth."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name not in found and _is_inside(name) and (folder / name).is_file():
-            found[name] = Path(name)
+        if name not in files and _is_inside(name) and (folder / name).is_file():
+            files[name] = Path(name)
             waiting += _relative_imports(folder / name, Path(name).parent)
-    return list(found.values())
+    return list(files.values())
 
 
 def _relative_imports(module: Path, parent: Path) -> list[str]:
-    names = []
+    files = []
     for node in ast.walk(_parsed(module)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             parts = [node.module] if node.module else [alias.name for alias in node.names]
-            names += [str(parent / f"{part.replace('.', '/')}.py") for part in parts]
-    return names
+            files += [str(parent / f"{part.replace('.', '/')}.py") for part in parts]
+    return files
 
 
 def _literals(module: Path) -> Iterator[str]:

@@ -118,9 +118,9 @@ def _locate(
         return folder.resolve(), None, None
     name = str(source)
     if os.path.exists(folder) or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        found = "a file" if os.path.exists(folder) else "nothing"
+        what = "a file" if os.path.exists(folder) else "nothing"
         raise CheckpointError(
-            f"{source}: expected a checkpoint folder, found {found}; give the folder that holds config.json."
+            f"{source}: expected a checkpoint folder, found {what}; give the folder that holds config.json."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -22,7 +22,7 @@ from xeco_convert.errors import OutputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _Slot:
     """Where a planned tensor goes: its header, file and first byte."""
 
     header: TensorHeader
@@ -43,7 +43,7 @@ class CheckpointWriter:
         self._headers = headers
         self._max_shard_bytes = max_shard_bytes
         self._overwrite = overwrite
-        self._places: dict[str, _Place] = {}
+        self._slots: dict[str, _Slot] = {}
         self._written: set[str] = set()
         self._streams: dict[str, BinaryIO] = {}
         self._folder: Path | None = None
@@ -89,18 +89,18 @@ class CheckpointWriter:
 
         Raises `ValueError` where dtype or size differ from the plan: a fault of the program, not of its user.
         """
-        place = self._places[name]
-        stream = self._streams[place.file]
-        stream.seek(place.offset)
+        slot = self._slots[name]
+        stream = self._streams[slot.file]
+        stream.seek(slot.offset)
         num_bytes = 0
         for chunk in chunks:
-            if DTYPE_NAMES[chunk.dtype] != place.header.dtype:
-                raise ValueError(f"{name}: planned as {place.header.dtype}, given as {chunk.dtype}")
+            if DTYPE_NAMES[chunk.dtype] != slot.header.dtype:
+                raise ValueError(f"{name}: planned as {slot.header.dtype}, given as {chunk.dtype}")
             data = chunk.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             stream.write(data.data)
             num_bytes += data.nbytes
-        if num_bytes != place.header.num_bytes:
-            raise ValueError(f"{name}: planned {place.header.num_bytes} bytes, given {num_bytes}")
+        if num_bytes != slot.header.num_bytes:
+            raise ValueError(f"{name}: planned {slot.header.num_bytes} bytes, given {num_bytes}")
         self._written.add(name)
 
     def flush(self) -> None:
@@ -138,9 +138,9 @@ class CheckpointWriter:
             self._streams[file] = stream
             stream.write(frame)
             for header, offset in zip(shard, offsets, strict=True):
-                self._places[header.name] = _Place(header=header, file=file, offset=len(frame) + offset)
+                self._slots[header.name] = _Slot(header=header, file=file, offset=len(frame) + offset)
         if len(shards) > 1:
-            weight_map = {name: place.file for name, place in sorted(self._places.items())}
+            weight_map = {name: slot.file for name, slot in sorted(self._slots.items())}
             index = {
                 "metadata": {"total_size": sum(header.num_bytes for header in self._headers)},
                 "weight_map": weight_map,
@@ -149,7 +149,7 @@ class CheckpointWriter:
 
     def _finish(self) -> None:
         """Make everything durable, then put the folder in its place, keeping the old one until the new one stands."""
-        missing = sorted(set(self._places) - self._written)
+        missing = sorted(set(self._slots) - self._written)
         if missing:
             raise ValueError(f"planned but never written: {missing[:3]} ({len(missing)} in all)")
         for stream in self._streams.values():

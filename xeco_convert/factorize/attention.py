@@ -127,10 +127,10 @@ class MlaAttention:
         were left out would change the layer.
         """
         expected = shape.tensors()
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected:
-            wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
-            have, want = (list(sizes[wrong]) if wrong in sizes else "none" for sizes in (found, expected))
+        actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if actual != expected:
+            wrong = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))[0]
+            have, want = (list(sizes[wrong]) if wrong in sizes else "none" for sizes in (actual, expected))
             raise CheckpointError(
                 f"{where}.{wrong}: expected {want} by the layer's widths in config.json, found {have}; config.json does not "
                 "belong to these weights."
@@ -239,8 +239,8 @@ def _exact_behind_norm(source: SourceAttention) -> MlaAttention:
     on_kappa = dataclasses.replace(
         source, k_weight=eye[:width], v_weight=eye[width:], k_bias=None, v_bias=None, k_norm_weight=None
     )
-    kept = {"k_weight": source.k_weight, "k_norm_weight": source.k_norm_weight, "v_weight": source.v_weight}
-    return dataclasses.replace(exact_factors(on_kappa), **kept, k_bias=source.k_bias, v_bias=source.v_bias)  # type: ignore[arg-type]
+    own = {"k_weight": source.k_weight, "k_norm_weight": source.k_norm_weight, "v_weight": source.v_weight}
+    return dataclasses.replace(exact_factors(on_kappa), **own, k_bias=source.k_bias, v_bias=source.v_bias)  # type: ignore[arg-type]
 
 
 def _split_keys(rows: Tensor, source: SourceAttention) -> tuple[Tensor, Tensor]:

@@ -106,8 +106,8 @@ class CalibratedLayer:
         if self._source.k_norm_weight is None:
             return {}
         names = ("k_weight", "k_bias", "k_norm_weight", "v_weight", "v_bias")
-        found = {name: getattr(self._source, name) for name in names}
-        return {name: tensor.double() for name, tensor in found.items() if tensor is not None}
+        tensors = {name: getattr(self._source, name) for name in names}
+        return {name: tensor.double() for name, tensor in tensors.items() if tensor is not None}
 
     def expected_error(self, kv_lora_rank: int, qk_rope_head_dim: int) -> float:
         """Expected squared output error of these widths, relative to what the heads put out.

@@ -49,8 +49,8 @@ class ValueRefit:
         if not self._joint:
             attended = torch.einsum("wthr,hvr->wthv", attended, self._w_uv.to(attended.dtype))
         features = attended[counts].flatten(1)
-        wanted = source_output(self._source, x_WTX, self._context) if target_WTX is None else target_WTX
-        target = wanted[counts]
+        output = source_output(self._source, x_WTX, self._context) if target_WTX is None else target_WTX
+        target = output[counts]
         if self._source.o_bias is not None:
             target = target - self._source.o_bias
         (self._held_out if held_out else self._fitted).add(features, target)
@@ -83,12 +83,12 @@ class ValueRefit:
             lower = torch.linalg.cholesky(blocks[head])
             # gram = L·Lᵀ: the error of a map is the norm of Lᵀ times its error, so truncate the SVD of Lᵀ·map
             left, values, right = torch.linalg.svd(lower.T @ maps[head], full_matrices=False)
-            kept = min(width, values.shape[0])
-            up = torch.linalg.solve_triangular(lower.T, left[:, :kept], upper=True)
+            rank = min(width, values.shape[0])
+            up = torch.linalg.solve_triangular(lower.T, left[:, :rank], upper=True)
             # half of the scale to each factor, in the metric of the features
-            root = values[:kept].clamp_min(1e-12 * float(values[0])).sqrt()
-            w_uv[head, :kept] = (up * root).T
-            w_o[head, :kept] = root[:, None] * right[:kept]
+            root = values[:rank].clamp_min(1e-12 * float(values[0])).sqrt()
+            w_uv[head, :rank] = (up * root).T
+            w_o[head, :rank] = root[:, None] * right[:rank]
         mla = self._mla
         rows = mla.kv_b_weight.unflatten(0, (heads, -1)).clone()
         rows[:, rows.shape[1] - width :] = w_uv.to(rows.dtype)

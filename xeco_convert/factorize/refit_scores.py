@@ -111,8 +111,8 @@ class ScoreRefit:
         total = _Change(torch.zeros_like(self._w_uk), torch.zeros_like(self._q_HQY))
         for part in self._parts:
             view = self._look(part)
-            found = mla_output(self._mla, self._heads, part.inputs, self._context)
-            total = total.plus(1.0, self._pull_back(view, (part.target - found) * part.counts[..., None]))
+            output = mla_output(self._mla, self._heads, part.inputs, self._context)
+            total = total.plus(1.0, self._pull_back(view, (part.target - output) * part.counts[..., None]))
             weights = view.attention * part.counts[:, None, :, None]
             metric.add(view, weights, self._maps_HXR)
         return total, metric.finished()

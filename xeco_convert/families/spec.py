@@ -285,10 +285,10 @@ def _entry(values: Any, layer: int, name: str) -> Any:
 
 def rope_parameters(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The rotary settings, as transformers resolved them; of two settings in a config.json, the one that it takes."""
-    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"config.json: rope_parameters must be an object, found {type(found).__name__}.")
-    return found
+    settings = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"config.json: rope_parameters must be an object, found {type(settings).__name__}.")
+    return settings
 
 
 def _integer(values: Mapping[str, Any], name: str) -> int:

@@ -214,12 +214,12 @@ class LatentSelfAttention(nn.Module):
         dtype = common_dtype(q_nope, q_rope, c_kv, k_rope)
         needs_gradients = torch.is_grad_enabled() and (q_nope.requires_grad or c_kv.requires_grad)
         sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients, needs_weights)
-        asked, ranges = _asked(), None
+        requested, ranges = _requested(), None
         call = self._call(*sizes, has_mask=mask is not None)
         if mask is not None and fused_obstacle(call) is None:
             ranges, obstacle = _ranges(mask, c_kv.shape[1])
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
-        implementation = choose(call, asked).implementation
+        implementation = choose(call, requested).implementation
         if implementation == "reference" or (self.logit_softcap is not None and implementation != "fused"):
             over_latents = implementation != "expanded" and call.weight_obstacle is None
             out, weights = self._attend_reference(q_nope, q_rope, c_kv, k_rope, mask, over_latents)
@@ -248,13 +248,13 @@ class LatentSelfAttention(nn.Module):
         """Which implementation attention without a mask takes for these numbers of tokens, and why, in words."""
         weight = self.o_proj.weight
         sizes = (num_queries, num_tokens, weight.device.type, weight.dtype, False, self._needs_weights(False))
-        return explain(self._call(*sizes), _asked())
+        return explain(self._call(*sizes), _requested())
 
-    def _needs_weights(self, asked: bool) -> bool:
+    def _needs_weights(self, requested: bool) -> bool:
         """Whether the weights are returned: by the eager implementation, which soft-capped models get from transformers where
         it has no other for them; there they are for those who ask."""
-        asked = asked or self.logit_softcap is None or bool(self.config.output_attentions)
-        return asked and self.config._attn_implementation == "eager"
+        requested = requested or self.logit_softcap is None or bool(self.config.output_attentions)
+        return requested and self.config._attn_implementation == "eager"
 
     def _call(
         self,
@@ -282,7 +282,7 @@ class LatentSelfAttention(nn.Module):
             dropout=self._dropout,
             has_mask=has_mask,
             mask_obstacle=mask_obstacle,
-            kernel_obstacle=_kernel_obstacle(device_type, dtype, _asked()),
+            kernel_obstacle=_kernel_obstacle(device_type, dtype, _requested()),
             weight_obstacle=self._weight_obstacle(),
         )
 
@@ -365,18 +365,18 @@ def _foreign_weight(linear: nn.Module) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _asked() -> str | None:
+def _requested() -> str | None:
     """The implementation that XECO_ATTENTION names: reference, fused or sdpa; None leaves the choice to the counted work."""
     return os.environ.get("XECO_ATTENTION") or None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kernel_obstacle(device_type: str, dtype: torch.dtype, asked: str | None) -> str | None:
+def _kernel_obstacle(device_type: str, dtype: torch.dtype, requested: str | None) -> str | None:
     """Why no compiled kernel serves; where the whole package is missing, one warning says so."""
-    if asked not in (None, "fused"):
-        return f"XECO_ATTENTION={asked}"
+    if requested not in (None, "fused"):
+        return f"XECO_ATTENTION={requested}"
     if fused is not None:
-        obstacle: str | None = (fused.kernel_obstacle if asked else fused.unasked_obstacle)(device_type, dtype)
+        obstacle: str | None = (fused.kernel_obstacle if requested else fused.unasked_obstacle)(device_type, dtype)
         return obstacle
     # Marked on torch: every checkpoint brings a copy of this file, and the warning is for the process.
     if device_type == "cpu" and not getattr(torch, "_xeco_convert_warned", False):

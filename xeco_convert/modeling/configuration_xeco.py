@@ -61,17 +61,17 @@ class XecoConfigMixin(CodeBesideWeights):
     def layer(self, layer_idx: int) -> MlaLayer | None:
         """Widths of one layer; None where it keeps the source's attention."""
         if self.mla_layers is None or len(self.mla_layers) != self.num_hidden_layers:
-            found = None if self.mla_layers is None else len(self.mla_layers)
-            raise ValueError(f"config.json: expected {self.num_hidden_layers} entries in mla_layers, found {found}")
+            count = None if self.mla_layers is None else len(self.mla_layers)
+            raise ValueError(f"config.json: expected {self.num_hidden_layers} entries in mla_layers, found {count}")
         entry = self.mla_layers[layer_idx]
         return None if entry is None else MlaLayer.from_dict(entry)
 
     def kv_cache_numbers_per_token(self) -> list[int]:
         """Numbers that each layer caches per token: latent and rotary key, or the keys and values of a kept layer."""
         groups = getattr(self, "num_key_value_heads", None) or self.num_attention_heads
-        kept = 2 * groups * self.head_dim_or_default()
+        kept_width = 2 * groups * self.head_dim_or_default()
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
-        return [kept if layer is None else layer.cache_width for layer in layers]
+        return [kept_width if layer is None else layer.cache_width for layer in layers]
 
     def head_dim_or_default(self) -> int:
         """head_dim, which some configurations leave to be computed."""

@@ -92,8 +92,8 @@ def register_weight_conversion(source: Any, name: str, model_type: str) -> None:
     looks up the conversion of names by class or by model_type."""
     from transformers import conversion_mapping as conversions
 
-    for found, own in ((source.__name__, name), (source.config_class.model_type, model_type)):
-        mapping = conversions.get_checkpoint_conversion_mapping(found)
+    for source_key, own in ((source.__name__, name), (source.config_class.model_type, model_type)):
+        mapping = conversions.get_checkpoint_conversion_mapping(source_key)
         if mapping is not None and conversions.get_checkpoint_conversion_mapping(own) is None:
             conversions.register_checkpoint_conversion_mapping(own, mapping)
 

@@ -71,12 +71,12 @@ class KvBudget(RankPolicy):
         least = (multiple + rope_step(multiple)) * facts.num_layers
         if budget >= least:
             return
-        smallest, found = least + facts.numbers_kept, budget + facts.numbers_kept
+        smallest, available = least + facts.numbers_kept, budget + facts.numbers_kept
         flag = "--kv-size" if self.kv_size is not None else "--kv-bytes-per-token"
         raise OptionError(
             f"{flag}: expected at least {smallest / facts.numbers_before:.1%} ({smallest} numbers per token, "
             f"{smallest * facts.number_bytes} bytes) for {facts.num_layers} converted layers in steps of {multiple}, found "
-            f"{found / facts.numbers_before:.1%} ({found} numbers); allow more, or lower --rank-multiple."
+            f"{available / facts.numbers_before:.1%} ({available} numbers); allow more, or lower --rank-multiple."
         )
 
     def describe(self, facts: CacheFacts, widths: Widths, default: str) -> str:
@@ -119,7 +119,7 @@ def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: flo
     thinned = (
         every
         if len(every) <= _MOST_CANDIDATES
-        else [every[round(place * (len(every) - 1) / (_MOST_CANDIDATES - 1))] for place in range(_MOST_CANDIDATES)]
+        else [every[round(number * (len(every) - 1) / (_MOST_CANDIDATES - 1))] for number in range(_MOST_CANDIDATES)]
     )
     return thinned if least in thinned else [least, *thinned]
 
@@ -211,8 +211,8 @@ def _add_layer(
         offered = best[: steps + 1 - size] + cost
         better = np.flatnonzero(offered < total[size:]) + size
         total[better] = offered[better - size]
-        for place in better:
-            pick[place] = widths
+        for step in better:
+            pick[step] = widths
     return total, pick
 
 

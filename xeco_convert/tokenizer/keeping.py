@@ -59,17 +59,17 @@ def keep_tokenizer(source: TokenizerPlace, folder: Path, *, settings: bool = Tru
     except CheckpointError as error:
         warnings.warn(f"{error} Its files were copied as they are, their ids not compared.", XecoWarning, stacklevel=2)
         return
-    found = _as_it_is(reference, folder, settings=settings, stock=stock)
-    if found is not None:
+    difference = _as_it_is(reference, folder, settings=settings, stock=stock)
+    if difference is not None:
         _name_class(folder, _class_name(reference))
-        found = _difference(reference, folder, settings=settings, stock=stock)
-    if found is not None and _has_backend(reference):
+        difference = _difference(reference, folder, settings=settings, stock=stock)
+    if difference is not None and _has_backend(reference):
         _write_resolved(source, folder)
-        found = _difference(reference, folder, settings=settings, stock=stock)
-    if found is not None:
+        difference = _difference(reference, folder, settings=settings, stock=stock)
+    if difference is not None:
         raise CheckpointError(
-            f"{source.folder}: the tokenizer ({type(reference).__name__}) would read text otherwise in what is written: {found}; "
-            "save it again with transformers (AutoTokenizer.from_pretrained(IN).save_pretrained), and convert with those files."
+            f"{source.folder}: the tokenizer ({type(reference).__name__}) would read text otherwise in what is written: "
+            f"{difference}; save it again with transformers (AutoTokenizer.from_pretrained(IN).save_pretrained), and convert with those files."
         )
 
 

@@ -76,11 +76,11 @@ class Difference:
     """A probe that two tokenizers answer differently: what it is, and both answers in words."""
 
     probe: str
-    found: str
+    actual: str
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.probe} {self.found}, expected {self.expected}"
+        return f"{self.probe} {self.actual}, expected {self.expected}"
 
 
 def first_difference(reference: Any, other: Any, *, settings: bool = True) -> Difference | None:
@@ -94,12 +94,12 @@ def first_difference(reference: Any, other: Any, *, settings: bool = True) -> Di
         return difference
     added = _added_tokens(reference)
     with quiet():
-        for (name, expected), (_, found) in zip(
+        for (name, expected), (_, actual) in zip(
             _answers(reference, added, settings), _answers(other, added, settings), strict=True
         ):
-            if expected != found:
+            if expected != actual:
                 return Difference(
-                    probe=f"{name} gives", found=_short(found, expected), expected=_short(expected, found)
+                    probe=f"{name} gives", actual=_short(actual, expected), expected=_short(expected, actual)
                 )
     return None
 
@@ -112,17 +112,17 @@ def _added_tokens(tokenizer: Any) -> list[str]:
         return sorted(tokenizer.all_special_tokens)
 
 
-def _vocabulary_difference(expected: dict[str, int], found: dict[str, int]) -> Difference | None:
+def _vocabulary_difference(expected: dict[str, int], actual: dict[str, int]) -> Difference | None:
     """The first id of another token; tokens that share an id are told by their own."""
-    if expected == found:
+    if expected == actual:
         return None
-    by_id = [{number: token for token, number in vocabulary.items()} for vocabulary in (expected, found)]
+    by_id = [{number: token for token, number in vocabulary.items()} for vocabulary in (expected, actual)]
     for number in sorted(set(by_id[0]) | set(by_id[1])):
         words = ["no token" if token is None else repr(token) for token in (by_id[0].get(number), by_id[1].get(number))]
         if words[0] != words[1]:
-            return Difference(probe=f"id {number} is", found=words[1], expected=words[0])
-    token = next(name for name in sorted(set(expected) | set(found)) if expected.get(name) != found.get(name))
-    return Difference(probe=f"token {token!r} has id", found=str(found.get(token)), expected=str(expected.get(token)))
+            return Difference(probe=f"id {number} is", actual=words[1], expected=words[0])
+    token = next(name for name in sorted(set(expected) | set(actual)) if expected.get(name) != actual.get(name))
+    return Difference(probe=f"token {token!r} has id", actual=str(actual.get(token)), expected=str(expected.get(token)))
 
 
 def _answers(tokenizer: Any, added: list[str], settings: bool) -> Iterator[tuple[str, Any]]:
@@ -183,6 +183,6 @@ def _short(value: Any, other: Any) -> str:
     if not isinstance(value, list) or not isinstance(other, list) or len(value) <= 12:
         text = repr(value)
         return text if len(text) <= 200 else f"{text[:200]}..."
-    first = next((place for place, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), len(other))
+    first = next((position for position, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), len(other))
     start = max(0, first - 2)
     return f"{len(value)} ids, from the {start + 1}th on {value[start : start + 6]}"
