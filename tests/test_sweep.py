@@ -36,7 +36,9 @@ def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport)
     assert small["perplexity"] > large["perplexity"] > 0.99 * large["perplexity_source"]
     assert small["kl"] > large["kl"] > 0 and small["top1"] < large["top1"] <= 1
     assert small["perplexity_source"] == large["perplexity_source"] == report.perplexity_source
-    assert [point.kv_bytes_per_token for point in report.points] == [256, None, 512]
+    small_bytes, none, large_bytes = (point.kv_bytes_per_token for point in report.points)
+    # at most the budget; which steps of 2 numbers are left over depends on measured costs, and so on the processor's rounding
+    assert none is None and 256 - 32 < (small_bytes or 0) <= 256 and 512 - 32 < (large_bytes or 0) <= 512
 
 
 def test_a_size_out_of_reach_says_the_smallest_possible(report: SweepReport) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, ClassVar
 
 from xeco_convert.errors import OptionError
 from xeco_convert.ranks.policy import RANK_POLICIES, CacheFacts, RankPolicy, Widths, WidthSurvey
 from xeco_convert.settings import option, parse_share, require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
 _MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
@@ -158,6 +159,8 @@ def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[
             f"a KV budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
             "Allow more, or lower --rank-multiple."
         )
+    import numpy as np  # not for --help
+
     unit = math.gcd(*(widths.total for offers in costs for widths in offers))
     steps = budget // unit
     best = np.zeros(steps + 1)  # least cost of the layers so far within each budget
@@ -203,6 +206,8 @@ def _add_layer(
     best: NDArray[np.float64], cheapest: Mapping[int, tuple[float, Widths]], steps: int
 ) -> tuple[NDArray[np.float64], list[Widths | None]]:
     """One row of the dynamic programme: the least cost within each budget, and the widths that it takes here."""
+    import numpy as np
+
     total = np.full(steps + 1, np.inf)
     pick: list[Widths | None] = [None] * (steps + 1)
     for size, (cost, widths) in sorted(cheapest.items()):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from xeco_convert.errors import OptionError
 from xeco_convert.ranks.policy import RANK_POLICIES, CacheFacts, RankPolicy, Widths, WidthSurvey
 from xeco_convert.settings import option, require, require_at_most
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 RANK_MULTIPLE = 8  # as published: ranks are rounded up to a multiple of 8
 _NEEDS_BOTH = "--fixed-ends needs both --energy (for the inner layers) and --rank (for the first and last)."
@@ -63,6 +64,8 @@ def energy_ranks(spectra: Sequence[NDArray[np.float64]], share: float, *, ends: 
     The number of singular values whose cumulative share of σ² stays at or below `share`, at least 1, rounded up to a
     multiple of 8, at most the full rank. With `ends`, first and last layer take that rank instead.
     """
+    import numpy as np  # not for --help
+
     ranks = [_rank(np.asarray(spectrum, dtype=np.float64), share) for spectrum in spectra]
     if ends is not None and ranks:
         ranks[0] = ranks[-1] = ends
@@ -70,6 +73,8 @@ def energy_ranks(spectra: Sequence[NDArray[np.float64]], share: float, *, ends: 
 
 
 def _rank(singular_values: NDArray[np.float64], share: float) -> int:
+    import numpy as np
+
     energy = np.cumsum(singular_values**2)
     # A sum of shares misses 1 by rounding: without the slack, --energy 1 would drop the last value of some layers.
     within = int(np.count_nonzero(energy <= energy[-1] * share * (1 + 1e-12)))

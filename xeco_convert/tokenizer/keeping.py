@@ -69,7 +69,8 @@ def keep_tokenizer(source: TokenizerPlace, folder: Path, *, settings: bool = Tru
     if difference is not None:
         raise CheckpointError(
             f"{source.folder}: the tokenizer ({type(reference).__name__}) would read text otherwise in what is written: "
-            f"{difference}; save it again with transformers (AutoTokenizer.from_pretrained(IN).save_pretrained), and convert with those files."
+            f"{difference}; save it again with transformers (AutoTokenizer.from_pretrained(IN).save_pretrained), and convert "
+            "with those files."
         )
 
 
