@@ -30,7 +30,7 @@ from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.conversion import output_config
 from xeco_convert.errors import OptionError
 from xeco_convert.factorize import MlaAttention, SourceAttention
-from xeco_convert.factorize.forward import source_projections
+from xeco_convert.factorize.attention import source_projections
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan

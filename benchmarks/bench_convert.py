@@ -31,7 +31,7 @@ from torch import Tensor
 
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.paper import joint_key_value_factors
+from xeco_convert.factorize.joint_svd import joint_key_value_factors
 
 GIB = 2**30
 SPEEDUP_CLAIM = 10.0

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.modeling.layer_xeco import MlaLayer, MlaShape

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.attention import exact_factors, exact_shape
+from xeco_convert.factorize.exact import exact_factors, exact_shape
 from xeco_convert.families import supported_model_types
 from xeco_convert.modeling import code_files, family_config_class, family_model_class
 from xeco_convert.modeling.configuration_xeco import auto_map

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.attention import MlaAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import AttentionContext, mla_output, source_output
+from xeco_convert.factorize.attention import AttentionContext, mla_output, source_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 
 THETA = 100.0

@@ -13,8 +13,8 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.refine import LayerRefinement, RefineOptions

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from xeco_convert.factorize import MlaAttention, SourceAttention
-    from xeco_convert.factorize.attention import LayerErrors
+    from xeco_convert.factorize.layer_weights import LayerErrors
     from xeco_convert.options import ConvertOptions
     from xeco_convert.plan import ConversionPlan
     from xeco_convert.source import SourceModel

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
-from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+from xeco_convert.factorize.attention import AttentionContext, mla_output, source_output
 from xeco_convert.factorize.balance import balance_scales
-from xeco_convert.factorize.forward import AttentionContext, mla_output, source_output
+from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 

@@ -20,7 +20,7 @@ from xeco_convert.calibration.sampling import available_memory_bytes
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import VerificationError, XecoWarning
 from xeco_convert.factorize import MlaAttention, SourceAttention
-from xeco_convert.factorize.attention import exact_factors, exact_shape
+from xeco_convert.factorize.exact import exact_factors, exact_shape
 from xeco_convert.modeling.attention_xeco import LatentSelfAttention
 from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.plan import ConversionPlan, num_parameters

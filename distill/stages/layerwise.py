@@ -22,9 +22,9 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.calibration.windows import windows_of_documents
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
-from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.attention import AttentionContext, mla_output
 from xeco_convert.factorize.balance import balance_scales
-from xeco_convert.factorize.forward import AttentionContext, mla_output
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.files import write_whole
 from xeco_convert.refine import LayerRefinement, RefineOptions
 from xeco_convert.source import open_source

@@ -19,9 +19,9 @@ from xeco_convert.calibration.survey import (
     probed_offers,
     refined_errors,
 )
-from xeco_convert.factorize.attention import MlaAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.ranks import Widths
 from xeco_convert.source_attention import read_attention

@@ -1,66 +1,53 @@
-"""The source written as MLA without approximation is the source, in float64, for every grouping and bias."""
+"""Attention of whole windows: float32 runs on the compiled kernels where they are built, float64 in plain torch."""
+
+from __future__ import annotations
 
 import dataclasses
 
 import pytest
 import torch
 from builders import random_attention
-from formulas import mla_output, source_output
+from calibrated_layers import calibrated, context_of, gaussian_inputs
 
-from xeco_convert.factorize.attention import exact_factors, exact_shape
-
-HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (1, 1)]
-BIASES = ["", "qkv", "qkvo", "q", "o"]
-
-
-def random_inputs(num_tokens: int = 11, hidden: int = 32) -> torch.Tensor:
-    return torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+from xeco_convert.factorize import attention
+from xeco_convert.factorize.attention import AttentionContext, mla_output
+from xeco_convert.factorize.layer_weights import MlaAttention
+from xeco_convert.ops.fused import kernel_obstacle
 
 
-@pytest.mark.parametrize(("heads", "groups"), HEADS)
-@pytest.mark.parametrize("bias", BIASES)
-def test_exact_factors_give_the_output_of_the_source(heads: int, groups: int, bias: str) -> None:
-    source = random_attention(heads, groups, bias=bias)
-    shape, factors, x = exact_shape(source), exact_factors(source), random_inputs()
-    torch.testing.assert_close(
-        mla_output(factors, shape, x, head_dim=8), source_output(source, x), rtol=1e-12, atol=1e-12
+def in_float32(mla: MlaAttention, context: AttentionContext) -> tuple[MlaAttention, AttentionContext]:
+    tables = {"cos": context.cos.float(), "sin": context.sin.float()}
+    return mla.to(torch.float32), dataclasses.replace(context, **tables)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_float32_equals_float64_with_its_gradients(window: int | None, softcap: float | None) -> None:
+    source, x = random_attention(bias="qkvo"), gaussian_inputs(windows=3, length=70)
+    context = dataclasses.replace(context_of(source, 70, window=window), logit_softcap=softcap)
+    mla = calibrated(source, x, context_of(source, 70)).factors(12, 8)
+    results = []
+    for layer, given, inputs in ((mla, context, x), (*in_float32(mla, context), x.float())):
+        weights = {name: tensor.clone().requires_grad_() for name, tensor in layer.tensors().items()}
+        output = mla_output(layer.with_tensors(weights), source.num_attention_heads, inputs, given)
+        gradients = torch.autograd.grad(output.square().mean(), list(weights.values()))
+        results.append((output, *gradients))
+    for exact, found in zip(*([tensor.detach() for tensor in result] for result in results), strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_the_kernels_are_taken_where_they_serve(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if served and kernel_obstacle("cpu", torch.float32) is not None:
+        pytest.skip("the extension is not built here")
+    if not served:
+        monkeypatch.setattr(attention, "kernel_obstacle", lambda device, dtype: "none here")
+    calls, original = [], attention.fused_attention
+    monkeypatch.setattr(
+        attention, "fused_attention", lambda *given, **named: calls.append(1) or original(*given, **named)
     )
-
-
-@pytest.mark.parametrize(("dim", "hidden"), [(2, 32), (12, 32), (16, 20)])
-def test_exact_factors_do_not_need_heads_that_fill_the_hidden_size(dim: int, hidden: int) -> None:
-    source = random_attention(4, 2, dim, hidden, bias="qkvo")
-    x = random_inputs(hidden=hidden)
-    found = mla_output(exact_factors(source), exact_shape(source), x, head_dim=dim)
-    torch.testing.assert_close(found, source_output(source, x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("heads", "groups"), HEADS)
-@pytest.mark.parametrize("bias", BIASES)
-def test_factors_have_the_tensors_of_their_shape(heads: int, groups: int, bias: str) -> None:
-    source = random_attention(heads, groups, bias=bias)
-    found = {name: tuple(tensor.shape) for name, tensor in exact_factors(source).state_dict().items()}
-    assert found == exact_shape(source).tensors()
-
-
-def test_exact_factors_keep_the_dtype_and_the_numbers_of_the_source() -> None:
-    source = random_attention(bias="qkv", dtype=torch.bfloat16)
-    factors = exact_factors(source)
-    assert {tensor.dtype for tensor in factors.state_dict().values()} == {torch.bfloat16}
-    given = {float(number) for number in torch.cat([source.k_weight, source.v_weight]).flatten()}
-    assert {float(number) for number in factors.kv_a_weight.flatten()} == given
-
-
-def test_a_permuted_rotary_row_is_noticed() -> None:
-    """The comparison above can fail: one exchanged pair of rows is far outside its tolerance."""
-    source, x = random_attention(), random_inputs()
-    factors = exact_factors(source)
-    rows = factors.kv_a_weight.clone()
-    rows[[-1, -2]] = rows[[-2, -1]]
-    damaged = dataclasses.replace(factors, kv_a_weight=rows)
-    difference = mla_output(damaged, exact_shape(source), x, head_dim=8) - source_output(source, x)
-    assert difference.abs().max() > 1e-3
-
-
-def test_heads_per_group_counts_queries_of_one_key() -> None:
-    assert [random_attention(heads, groups).heads_per_group for heads, groups in HEADS] == [1, 2, 4, 3, 1]
+    source, x = random_attention(), gaussian_inputs()
+    mla, context = in_float32(calibrated(source, x, context_of(source)).factors(8, 4), context_of(source))
+    mla_output(mla, source.num_attention_heads, x.float(), context)
+    mla_output(mla, source.num_attention_heads, x.float(), dataclasses.replace(context, logit_softcap=3.0))
+    assert len(calls) == served

@@ -11,8 +11,8 @@ from calibrated_layers import calibrated, context_of, gaussian_inputs
 from torch import Tensor
 
 from xeco_convert.factorize import MlaAttention
+from xeco_convert.factorize.attention import mla_output, split_up_projection
 from xeco_convert.factorize.balance import balance_for_storage, balance_scales
-from xeco_convert.factorize.forward import mla_output, split_up_projection
 
 
 @pytest.mark.parametrize("bias", ["", "qkvo"])

@@ -9,7 +9,7 @@ import torch
 from builders import random_attention
 from calibrated_layers import calibrated, context_of, gaussian_inputs, output_error
 
-from xeco_convert.factorize.forward import mla_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xeco_convert.errors import CheckpointError
 from xeco_convert.factorize import MlaAttention
-from xeco_convert.factorize.attention import exact_factors, exact_shape
+from xeco_convert.factorize.exact import exact_factors, exact_shape
 from xeco_convert.modeling import family_config_class, family_model_class
 from xeco_convert.modeling.layer_xeco import FIELDS, MlaShape
 

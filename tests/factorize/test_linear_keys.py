@@ -10,7 +10,7 @@ from builders import random_attention
 from torch import Tensor
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.forward import source_projections
+from xeco_convert.factorize.attention import source_projections
 from xeco_convert.factorize.linear_keys import KeyRegression, LinearKeys
 
 

@@ -17,7 +17,7 @@ from xeco_convert.checkpoint import TensorReader
 from xeco_convert.cli import main
 from xeco_convert.errors import OptionError
 from xeco_convert.factorize import MlaAttention
-from xeco_convert.factorize.attention import LayerErrors
+from xeco_convert.factorize.layer_weights import LayerErrors
 from xeco_convert.initialisation import INITIALISATIONS, ConvertedLayer, Initialisation, LayerMaker, Progress
 from xeco_convert.modeling.layer_xeco import FIELDS
 from xeco_convert.options import ConvertOptions

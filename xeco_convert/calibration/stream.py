@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import CheckpointError, reason_of
-from xeco_convert.factorize.forward import AttentionContext, soft_capped
+from xeco_convert.factorize.attention import AttentionContext, soft_capped
 from xeco_convert.families import FamilySpec
 from xeco_convert.source import SourceModel
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import LayerView, OutputHead
 from xeco_convert.calibration.windows import CalibrationWindows
-from xeco_convert.factorize.attention import MlaAttention, SourceAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
+from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 from xeco_convert.ranks import Widths
 from xeco_convert.ranks.budget import without_rotation
 

@@ -1,5 +1,5 @@
 """Mathematics: the weights of one attention layer in, those of its MLA form out. Opens no file, knows no family."""
 
-from xeco_convert.factorize.attention import MlaAttention, SourceAttention
+from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 
 __all__ = ["MlaAttention", "SourceAttention"]

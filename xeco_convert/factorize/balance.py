@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.layer_weights import MlaAttention
 
 
 @dataclass(frozen=True, kw_only=True)

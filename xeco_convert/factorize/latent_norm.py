@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import MlaAttention
+from xeco_convert.factorize.layer_weights import MlaAttention
 
 _STEPS = 300
 _BATCH_TOKENS = 1024

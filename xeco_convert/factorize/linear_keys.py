@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import SourceAttention
-from xeco_convert.factorize.forward import source_projections
+from xeco_convert.factorize.attention import source_projections
+from xeco_convert.factorize.layer_weights import SourceAttention
 
 # Ridges to choose from, as shares of the inputs' mean square: they pull towards the projection times the mean inverse rms.
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)

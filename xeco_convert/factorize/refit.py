@@ -11,8 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import MlaAttention, SourceAttention
-from xeco_convert.factorize.forward import AttentionContext, mla_attended, source_output, split_up_projection
+from xeco_convert.factorize.attention import AttentionContext, mla_attended, source_output, split_up_projection
+from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 
 # Ridges to choose from, as shares of the features' mean square: they pull towards the closed form where the tokens say
 # nothing. With 10k tokens the smallest fits the noise of some layers (0.32 on its own windows, 0.43 on others).

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xeco_convert.factorize.attention import MlaAttention
-from xeco_convert.factorize.forward import AttentionContext, mla_compressed, mla_output, rotate, split_up_projection
+from xeco_convert.factorize.attention import AttentionContext, mla_compressed, mla_output, rotate, split_up_projection
+from xeco_convert.factorize.layer_weights import MlaAttention
 
 _RIDGE = 3e-2  # in the preconditioner's metric, as a share of the largest curvature met
 _DAMPING = 1e-3  # of the preconditioner's own factors, as a share of their mean diagonal

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import SourceAttention
+from xeco_convert.factorize.layer_weights import SourceAttention
 from xeco_convert.factorize.statistics import LayerStatistics
 
 

@@ -3,7 +3,7 @@
 The statistics are those of queries, keys and values rather than of the layer's input: second moments of what the layer
 computes are all that the closed form uses, they are small whatever hidden_size is, and biases are in them already.
 
-Letters as in forward.py.
+Letters as in attention.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import SourceAttention
-from xeco_convert.factorize.forward import AttentionContext, source_probabilities, source_projections
+from xeco_convert.factorize.attention import AttentionContext, source_probabilities, source_projections
+from xeco_convert.factorize.layer_weights import SourceAttention
 
 # Inputs vary less than this share of the strongest direction where the calibration did not see any.
 _UNSEEN = 1e-10

@@ -89,7 +89,7 @@ class _PaperLayers:
 
     def spectra(self) -> list[NDArray[np.float64]]:
         """Of the joint key/value map."""
-        from xeco_convert.factorize.paper import paper_spectrum
+        from xeco_convert.factorize.joint_svd import paper_spectrum
 
         spectra = []
         for done, layer in enumerate(self._converted):
@@ -103,7 +103,7 @@ class _PaperLayers:
 
     def layers(self, plan: ConversionPlan) -> Iterator[ConvertedLayer]:
         """Each layer from its weights."""
-        from xeco_convert.factorize.paper import paper_errors, paper_factors
+        from xeco_convert.factorize.joint_svd import paper_errors, paper_factors
 
         for done, item in enumerate(plan.converted):
             share = (self._passes - 1 + done / len(plan.converted)) / self._passes

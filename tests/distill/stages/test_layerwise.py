@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import xeco_convert
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError
-from xeco_convert.factorize.forward import mla_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.data import Document, PackedRows, RowWriter
 from xeco_distill.options import DistillOptions

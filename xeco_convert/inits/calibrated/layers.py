@@ -21,10 +21,10 @@ from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.survey import Probe, Survey
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.evaluate import Fidelity
-from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.attention import latent_inputs, mla_output, source_output
 from xeco_convert.factorize.balance import balance_for_storage
-from xeco_convert.factorize.forward import latent_inputs, mla_output, source_output
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
+from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.initialisation import ConvertedLayer, Progress
 from xeco_convert.inits.calibrated.measurements import Measurements

@@ -17,8 +17,8 @@ from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import XecoWarning
-from xeco_convert.factorize.attention import SourceAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
+from xeco_convert.factorize.closed_form import CalibratedLayer
+from xeco_convert.factorize.layer_weights import SourceAttention
 from xeco_convert.factorize.linear_keys import KeyRegression
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
 from xeco_convert.inits.calibrated.windows import calibration_windows, held_out_from, num_calibrated

@@ -10,7 +10,7 @@ from formulas import mla_output, published_key_value_maps, published_output, rep
 from torch import Tensor
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.paper import joint_key_value_factors, paper_errors, paper_factors, paper_spectrum
+from xeco_convert.factorize.joint_svd import joint_key_value_factors, paper_errors, paper_factors, paper_spectrum
 from xeco_convert.modeling.layer_xeco import MlaShape
 
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.rope import RotaryComponents, real_rows, rotary_components
 from xeco_convert.factorize.statistics import LayerStatistics
 

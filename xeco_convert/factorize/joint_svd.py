@@ -2,7 +2,7 @@
 
 Keys and values are factorised together by one SVD of the weights. The shared rotary key is the mean over groups of the
 last rows of W_k, paired (2i, 2i + 1) although the weights are stored half-split, with fresh frequencies: step 0 is far
-from the source, which is the published behaviour and documented as such. Letters as in attention.py.
+from the source, which is the published behaviour and documented as such. Letters as in layer_weights.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from xeco_convert.factorize.attention import LayerErrors, MlaAttention, SourceAttention
+from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.svd import LowRank, thin_svd
 from xeco_convert.modeling.layer_xeco import MlaShape
 

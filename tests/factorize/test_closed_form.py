@@ -13,8 +13,8 @@ from builders import random_attention
 from calibrated_layers import THETA, calibrated, collected, context_of, gaussian_inputs, output_error
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.calibrated import CalibratedLayer
-from xeco_convert.factorize.forward import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.modeling.layer_xeco import MlaShape
 
