@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xeco_convert.command import SAME_WISH_SECONDS
+from xeco_convert.commandline.run import SAME_WISH_SECONDS
 from xeco_convert.errors import XecoError
 
 # (what, share of the stage done, figures to show)

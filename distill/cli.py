@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from xeco_convert.command import Replaced, run_command, say_when_interrupted
+from xeco_convert.commandline.progress import progress
+from xeco_convert.commandline.run import Replaced, run_command, say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError
-from xeco_convert.progress import progress
 
 from .options import DistillOptions, checked_mapping
 

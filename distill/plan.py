@@ -12,7 +12,7 @@ import torch
 
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
-from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.pretrained import resolved
 
 from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate

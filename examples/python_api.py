@@ -33,9 +33,10 @@ output = arguments.output or str(Path(tempfile.mkdtemp(prefix="xeco-example-")) 
 #    difference of the next-token predictions from the source's, in nats per token: 0 means that nothing changed.
 outlook = sweep(
     arguments.model,
-    kv_sizes=("50%", "25%"),
-    calibration=arguments.text,
-    calibration_tokens=arguments.calibration_tokens,
+    ("50%", "25%"),
+    xeco_convert.ConvertOptions(
+        kv_size="100%", calibration=arguments.text, calibration_tokens=arguments.calibration_tokens
+    ),
 )
 for point in outlook.points:
     if point.fidelity is None:

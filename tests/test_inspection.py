@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import xeco_convert
 from xeco_convert.errors import CheckpointError
-from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

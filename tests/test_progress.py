@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import xeco_convert
-from xeco_convert import progress as module
 from xeco_convert.calibration.sampling import sample_rows
-from xeco_convert.progress import ProgressLines, progress
+from xeco_convert.commandline import progress as module
+from xeco_convert.commandline.progress import ProgressLines, progress
 
 
 class Told:

@@ -27,7 +27,8 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def report() -> SweepReport:
     """Three sizes, one of them out of reach, in an order that is not sorted."""
-    return sweep(MODEL_FOLDER, ("25%", "5%", "50%"), calibration_tokens=TOKENS)
+    options = ConvertOptions(kv_size="100%", calibration_tokens=TOKENS)
+    return sweep(MODEL_FOLDER, ("25%", "5%", "50%"), options)
 
 
 def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport) -> None:

@@ -12,7 +12,7 @@ PROBE = """
 import os, sys
 import click
 import {module}
-from xeco_convert.command import run_command
+from xeco_convert.commandline.run import run_command
 assert "torch" not in sys.modules, "torch is loaded before the command could say how its threads wait"
 run_command(click.Command("probe", callback=lambda: click.echo(os.environ["OMP_WAIT_POLICY"])), [], "probe")
 """

@@ -103,6 +103,10 @@ class ConvertOptions:
         """Names of all options, in the order of their help."""
         return tuple(cls.fields())
 
+    def replace(self, **changes: Any) -> ConvertOptions:
+        """The same options but for some."""
+        return ConvertOptions(**self.values() | changes)
+
     def values(self) -> dict[str, Any]:
         """The value of every option by name; the default for those that policy and initialisation do not have."""
         owners = (self, self.policy, self.initialisation)

@@ -1,4 +1,5 @@
-"""Registries: kinds of a thing by name, each of which is a class in a file of its own that says all there is to know of it.
+"""Registries: kinds of a thing by name, each of which is a class or an object in a file of its own that says all there is to
+know of it.
 
 A registry imports the modules of its package when it is first asked, so that a new kind is one new file. Such modules are
 also imported for --help: what takes long to import (torch, transformers) they import where they use it.
@@ -13,11 +14,11 @@ from typing import Any, Generic, TypeVar
 
 from xeco_convert.errors import OptionError
 
-Entry = TypeVar("Entry", bound=type[Any])
+Entry = TypeVar("Entry", bound=Any)
 
 
 class Registry(Generic[Entry]):
-    """Classes by their attribute `name`, those of `package` and those that others add."""
+    """Entries by their attribute `name`, those of `package` and those that others add."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -25,7 +26,7 @@ class Registry(Generic[Entry]):
         self._loaded = False
 
     def add(self, entry: Entry) -> Entry:
-        """Register a class; a decorator. Raises `ValueError` where the name is taken."""
+        """Register an entry; a decorator of classes. Raises `ValueError` where the name is taken."""
         name: str = entry.name
         if self._entries.get(name, entry) is not entry:
             raise ValueError(f"{self._package}: {name} is registered twice")
@@ -33,7 +34,7 @@ class Registry(Generic[Entry]):
         return entry
 
     def remove(self, name: str) -> None:
-        """Forget a class that was added."""
+        """Forget an entry that was added."""
         del self._entries[name]
 
     def names(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Registry(Generic[Entry]):
         return tuple(entry.name for entry in self)
 
     def find(self, name: str, flag: str) -> Entry:
-        """The class of this name. Raises `OptionError` that names `flag` and all there are."""
+        """The entry of this name. Raises `OptionError` that names `flag` and all there are."""
         self._load()
         if name not in self._entries:
             raise OptionError(f"{flag}: expected one of {', '.join(self.names())}, found {name}; change the value.")

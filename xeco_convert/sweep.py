@@ -94,17 +94,17 @@ class SweepReport:
 
 
 def sweep(
-    source: str | Path, kv_sizes: Sequence[str], *, on_progress: Progress | None = None, **fields: Any
+    source: str | Path, kv_sizes: Sequence[str], options: ConvertOptions, *, on_progress: Progress | None = None
 ) -> SweepReport:
-    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25); `fields` are fields of ConvertOptions.
+    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25), otherwise converted as `options` say.
 
     A size that cannot be met becomes a point with a `problem`. Raises the errors of `xeco_convert.errors` where nothing could
     be measured at any size.
     """
-    index = CheckpointIndex.open(source, fields.get("revision"))
+    index = CheckpointIndex.open(source, options.revision)
     # the whole cache can always be met: what this refuses would be refused at every size
-    whole = make_plan(index, ConvertOptions(kv_size="100%", **fields))
-    run = _Sweep(index, fields, on_progress or (lambda what, share: None))
+    whole = make_plan(index, at_size(options, "100%"))
+    run = _Sweep(index, options, on_progress or (lambda what, share: None))
     points = tuple(run.point(size, number / len(kv_sizes), 1 / len(kv_sizes)) for number, size in enumerate(kv_sizes))
     if not run.summary:
         raise OptionError((points and points[0].problem) or "--kv-sizes: no size was given; add some, as 50,25.")
@@ -152,18 +152,18 @@ def sweep_page(report: SweepReport) -> str:
 class _Sweep:
     """Goes through the sizes; the first that can be met makes the statistics for all."""
 
-    def __init__(self, index: CheckpointIndex, fields: dict[str, Any], on_progress: Progress) -> None:
+    def __init__(self, index: CheckpointIndex, options: ConvertOptions, on_progress: Progress) -> None:
         self._index = index
-        self._fields = fields
+        self._options = options
         self._on_progress = on_progress
-        self._device = device_by_name(fields.get("device", "cpu"))
+        self._device = device_by_name(options.device)
         self.first: LayerMaker | None = None
         self.summary: dict[str, Any] = {}
 
     def point(self, kv_size: str, start: float, share: float) -> SweepPoint:
         """Plan, convert and measure at one size; the progress bar goes on from `start` by `share`."""
         try:
-            plan = make_plan(self._index, self._options(kv_size))
+            plan = make_plan(self._index, at_size(self._options, kv_size))
             tell = lambda what, done: self._on_progress(f"{kv_size}: {what}", start + share * done)  # noqa: E731
             maker = plan.options.initialisation.begin(plan, self._device, tell, measured_by=self.first)
             self.first = self.first or maker
@@ -176,11 +176,12 @@ class _Sweep:
         self._on_progress(kv_size, start + share)
         return _point(kv_size, plan, self.summary["fidelity"])
 
-    def _options(self, kv_size: str) -> ConvertOptions:
-        fields = dict(self._fields)
-        if fields.get("work_dir") is not None:  # results in a folder are those of one size
-            fields["work_dir"] = str(Path(fields["work_dir"]) / f"kv-size-{kv_size.rstrip('%')}")
-        return ConvertOptions(kv_size=kv_size, **fields)
+
+def at_size(options: ConvertOptions, kv_size: str) -> ConvertOptions:
+    """The options at another KV size, with a work folder of its own: results in a folder are those of one size."""
+    work_dir = options.values()["work_dir"]
+    folder = None if work_dir is None else str(Path(work_dir) / f"kv-size-{kv_size.rstrip('%')}")
+    return options.replace(kv_size=kv_size, kv_bytes_per_token=None, rank=None, energy=None, work_dir=folder)
 
 
 def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:

@@ -10,11 +10,11 @@ from typing import Any
 import click
 import torch
 
-from xeco_convert.command import say_when_interrupted
+from xeco_convert.commandline.progress import progress
+from xeco_convert.commandline.run import say_when_interrupted
 from xeco_convert.errors import OptionError, OutputError
-from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.pretrained import load_causal_lm
-from xeco_convert.progress import progress
 
 from ..callbacks import Report
 from ..card import evaluation_section

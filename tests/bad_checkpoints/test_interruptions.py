@@ -121,7 +121,7 @@ def test_every_command_says_what_is_kept_and_how_to_go_on(
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(TensorReader, "read", read)
-    monkeypatch.setattr("xeco_convert.export.pipeline._write_weights", read)
+    monkeypatch.setattr("xeco_convert.export.pipeline._Export._write_weights", read)
     places = {"source": source, "converted": converted, "out": tmp_path / "out", "work": tmp_path / "work"}
     arguments, sentence = COMMANDS[command]
     said = io.StringIO()
@@ -138,7 +138,7 @@ def test_every_command_says_what_is_kept_and_how_to_go_on(
 def test_a_signal_behind_the_work_does_not_deny_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("xeco_convert.cli._show_report", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("xeco_convert.cli.convert.show_report", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         main([str(source), str(tmp_path / "out"), *PAPER])
     assert stopped.value.code == 1

@@ -27,10 +27,10 @@ from transformers import AutoConfig
 import xeco_convert
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import XecoError
-from xeco_convert.export.layout import make_layout
-from xeco_convert.export.targets import TARGETS
+from xeco_convert.export.engines import ENGINES
+from xeco_convert.export.formats.deepseek_v3.layout import make_layout
 from xeco_convert.families import supported_model_types
-from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
 from xeco_convert.pretrained import load_causal_lm, read_config
@@ -202,7 +202,9 @@ def uses(folder: Path) -> dict[str, Callable[[], Any]]:
     def layout() -> Any:
         index = CheckpointIndex.open(folder)
         values = read_config(index.config).to_dict()
-        return make_layout(values, supported_model_types()["llama"], TARGETS["transformers"], index.headers)
+        return make_layout(
+            values, supported_model_types()["llama"], ENGINES.find("transformers", "--target"), index.headers
+        )
 
     return {
         "inspect": lambda: inspect_checkpoint(folder),

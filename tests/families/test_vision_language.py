@@ -39,11 +39,11 @@ import xeco_convert
 from xeco_convert.calibration.stream import SourceStream
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
-from xeco_convert.cli import plan_summary
+from xeco_convert.cli.plan_view import plan_summary
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError, XecoError
 from xeco_convert.export.pipeline import export_checkpoint
 from xeco_convert.families import WRAPPERS, supported_model_types
-from xeco_convert.inspection import inspect_checkpoint
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.modeling.configuration_xeco import text_class_prefix
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from xeco_convert.cli import convert_command
-from xeco_convert.command import run_command
+from xeco_convert.cli.convert import convert_command
+from xeco_convert.commandline.run import run_command
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.errors import VerificationError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,21 @@ from xeco_convert.checkpoint.companions import companion_files
 from xeco_convert.checkpoint.dtypes import CONFIG_NAMES, TORCH_DTYPES
 from xeco_convert.checkpoint.format import EXPORT_REPORT_FILE
 from xeco_convert.checkpoint.output import check_output
-from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
+from xeco_convert.errors import CheckpointError, UnsupportedModelError
+from xeco_convert.evaluate import Fidelity
 from xeco_convert.export.comparison import Comparison, compare_with_stock
+from xeco_convert.export.engines import ENGINES
+from xeco_convert.export.formats import FORMATS, ExportFormat, StockLayout
 from xeco_convert.export.latent_norm import attentions, with_latent_norms
-from xeco_convert.export.layout import ExportLayout, make_layout, stock_config
-from xeco_convert.export.targets import TARGETS
-from xeco_convert.export.tensors import stock_headers, stock_tensors
+from xeco_convert.export.options import ExportOptions
 from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
+from xeco_convert.initialisation import Progress
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
 from xeco_convert.options import parse_size
 from xeco_convert.pretrained import load_causal_lm, read_config
 from xeco_convert.tokenizer import prepared_companions
 
-FORMATS = ("deepseek-v3",)
-Progress = Callable[[str, float], None]
 _SAMPLING_SHARE, _WRITTEN_SHARE = 0.2, 0.8  # of the work, when these are done
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What `xeco-convert export` does. Raises `OptionError` for a format or target that there is not."""
-
-    format: str = "deepseek-v3"
-    target: str = "transformers"
-    max_shard_size: str = "5GB"
-    overwrite: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise OptionError(f"--format: expected one of {', '.join(FORMATS)}, found {self.format}; change the value.")
-        if self.target not in TARGETS:
-            raise OptionError(f"--target: expected one of {', '.join(TARGETS)}, found {self.target}; change the value.")
-        parse_size(self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +62,7 @@ def export_checkpoint(
     *,
     on_progress: Progress | None = None,
 ) -> ExportReport:
-    """Write the converted checkpoint `converted` as stock DeepSeek-V3 to the folder `output`, and compare the two.
+    """Write the converted checkpoint `converted` as a stock model to the folder `output`, and compare the two.
 
     Raises the errors of `xeco_convert.errors`, each with one sentence; then nothing is written.
     """
@@ -91,49 +72,97 @@ def export_checkpoint(
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     family = _family(index)
     values = read_config(index.config, index.folder / "config.json").to_dict()
-    layout = make_layout(values, family, TARGETS[options.target], index.headers)
+    stock = FORMATS.find(options.format, "--format")()
+    layout = stock.layout(values, family, ENGINES.find(options.target, "--target"), index.headers)
     dtype = _stored_dtype(index, layout)
-    config = stock_config(layout, CONFIG_NAMES[dtype])
-    with prepared_companions(index, config, stock=True) as companions:
-        return _write(Path(output), options, index, layout, dtype, companions, progress)
+    with prepared_companions(index, stock.config(layout, CONFIG_NAMES[dtype]), stock=True) as companions:
+        return _Export(options, stock, layout, index, dtype, progress).write(Path(output), companions)
 
 
-def _write(
-    output: Path,
-    options: ExportOptions,
-    index: CheckpointIndex,
-    layout: ExportLayout,
-    dtype: str,
-    companions: Path,
-    progress: Progress,
-) -> ExportReport:
-    """Write everything, compare it with the converted checkpoint, and put it in its place."""
-    progress("loading the model", 0.0)
-    model = load_causal_lm(index.folder, torch.float32).eval()
-    weights_bytes = sum(header.num_bytes for header in index.headers.values())
-    step = with_latent_norms(
-        *(model, index.folder),
-        weights_bytes=weights_bytes,
-        seed=options.seed,
-        on_progress=lambda share: progress("sampling text for the latent norms", _SAMPLING_SHARE * share),
-    )
-    state = _replaced(step.model) if step.fidelity is not None else {}
-    writer = CheckpointWriter(
-        output,
-        stock_headers(layout, dtype),
-        max_shard_bytes=parse_size(options.max_shard_size),
-        overwrite=options.overwrite,
-    )
-    with writer:
-        _write_weights(writer, layout, index, dtype, state, step.model, progress)
-        _write_companions(writer, layout, index, companions)
-        progress("comparing with transformers' own class", _WRITTEN_SHARE)
-        writer.flush()
-        comparison = compare_with_stock(step.model, writer.folder, dtype, _overrides(layout))
-        report = _report(options, layout, step.fidelity, comparison)
-        writer.write_text(EXPORT_REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
-    progress("written", 1.0)
-    return report
+class _Export:
+    """One run: writes everything, compares it with the converted checkpoint, and puts it in its place."""
+
+    def __init__(
+        self,
+        options: ExportOptions,
+        stock: ExportFormat,
+        layout: StockLayout,
+        index: CheckpointIndex,
+        dtype: str,
+        on_progress: Progress,
+    ) -> None:
+        self._options, self._format, self._layout = options, stock, layout
+        self._index, self._dtype, self._on_progress = index, dtype, on_progress
+
+    def write(self, output: Path, companions: Path) -> ExportReport:
+        """`companions`: a folder with config.json and what else goes beside the weights."""
+        options, layout = self._options, self._layout
+        self._on_progress("loading the model", 0.0)
+        model = load_causal_lm(self._index.folder, torch.float32).eval()
+        weights_bytes = sum(header.num_bytes for header in self._index.headers.values())
+        step = with_latent_norms(
+            model,
+            self._index.folder,
+            weights_bytes=weights_bytes,
+            seed=options.seed,
+            on_progress=lambda share: self._on_progress("sampling text for the latent norms", _SAMPLING_SHARE * share),
+        )
+        changed = _changed_by_norms(step.model) if step.fidelity is not None else {}
+        writer = CheckpointWriter(
+            output,
+            self._format.headers(layout, self._dtype),
+            max_shard_bytes=parse_size(options.max_shard_size),
+            overwrite=options.overwrite,
+        )
+        with writer:
+            self._write_weights(writer, changed, step.model)
+            self._write_companions(writer, companions)
+            self._on_progress("comparing with transformers' own class", _WRITTEN_SHARE)
+            writer.flush()
+            fields = {name: self._format.transformers_fields[name] for name in layout.engine.config}
+            comparison = compare_with_stock(step.model, writer.folder, self._dtype, fields)
+            report = self._report(step.fidelity, comparison)
+            writer.write_text(EXPORT_REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+        self._on_progress("written", 1.0)
+        return report
+
+    @torch.no_grad()
+    def _write_weights(self, writer: CheckpointWriter, changed: dict[str, torch.Tensor], model: Any) -> None:
+        reader, headers = TensorReader(self._index), self._format.headers(self._layout, self._dtype)
+
+        def read(name: str) -> torch.Tensor:
+            return changed[name].detach() if name in changed else reader.read(name, dtype=torch.float32)
+
+        def norm_weight(layer: int) -> torch.Tensor:
+            norm = attentions(model)[layer].kv_a_layernorm
+            assert norm is not None, "every layer has a norm by now"
+            return norm.weight.detach().float()
+
+        for done, (name, tensor) in enumerate(self._format.tensors(self._layout, read, norm_weight)):
+            writer.write(name, [tensor.to(TORCH_DTYPES[self._dtype])])
+            share = done / len(headers)
+            self._on_progress(f"writing {name}", _SAMPLING_SHARE + (_WRITTEN_SHARE - _SAMPLING_SHARE) * share)
+
+    def _write_companions(self, writer: CheckpointWriter, companions: Path) -> None:
+        for relative in [*companion_files(companions), Path("config.json")]:
+            writer.copy_file(companions / relative, relative)
+        card = self._format.card.format(
+            source=self._index.folder.name, engine=self._layout.engine.name, version=__version__
+        )
+        writer.write_text("README.md", _CARD_METADATA + card)
+
+    def _report(self, fidelity: Fidelity | None, comparison: Comparison) -> ExportReport:
+        layout = self._layout
+        return ExportReport(
+            format=self._options.format,
+            target=self._options.target,
+            **layout.widths,
+            kv_numbers_before=sum(layer.cache_width for layer in layout.layers),
+            kv_numbers_after=layout.cache_width * len(layout.layers),
+            norm_kl=None if fidelity is None else fidelity.kl,
+            norm_top1=None if fidelity is None else fidelity.top1,
+            comparison=comparison,
+        )
 
 
 def _family(index: CheckpointIndex) -> FamilySpec:
@@ -152,14 +181,14 @@ def _family(index: CheckpointIndex) -> FamilySpec:
     return family
 
 
-def _stored_dtype(index: CheckpointIndex, layout: ExportLayout) -> str:
+def _stored_dtype(index: CheckpointIndex, layout: StockLayout) -> str:
     name = f"{layout.family.module_name(0)}.o_proj.weight"
     if name not in index.headers:
         raise CheckpointError(f"{index.folder}: {name} is missing; the weights do not belong to this config.json.")
     return index.headers[name].dtype
 
 
-def _replaced(model: Any) -> dict[str, torch.Tensor]:
+def _changed_by_norms(model: Any) -> dict[str, torch.Tensor]:
     """Weights that putting norms in place changed, by name."""
     return {
         name: tensor
@@ -168,72 +197,10 @@ def _replaced(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _write_weights(
-    writer: CheckpointWriter,
-    layout: ExportLayout,
-    index: CheckpointIndex,
-    dtype: str,
-    state: dict[str, torch.Tensor],
-    model: Any,
-    progress: Progress,
-) -> None:
-    reader = TensorReader(index)
-
-    def read(name: str) -> torch.Tensor:
-        return state[name].detach() if name in state else reader.read(name, dtype=torch.float32)
-
-    def norm_weight(layer: int) -> torch.Tensor:
-        norm = attentions(model)[layer].kv_a_layernorm
-        assert norm is not None
-        return norm.weight.detach().float()
-
-    count = 10 * len(layout.layers) + 3
-    with torch.no_grad():
-        for done, (name, tensor) in enumerate(stock_tensors(layout, read, norm_weight)):
-            writer.write(name, [tensor.to(TORCH_DTYPES[dtype])])
-            progress(f"writing {name}", _SAMPLING_SHARE + (_WRITTEN_SHARE - _SAMPLING_SHARE) * done / count)
-
-
-def _write_companions(writer: CheckpointWriter, layout: ExportLayout, index: CheckpointIndex, companions: Path) -> None:
-    for relative in [*companion_files(companions), Path("config.json")]:
-        writer.copy_file(companions / relative, relative)
-    writer.write_text(
-        "README.md", _CARD.format(source=index.folder.name, target=layout.target.name, version=__version__)
-    )
-
-
-def _overrides(layout: ExportLayout) -> dict[str, Any]:
-    """Fields that a target wants otherwise than transformers, as transformers reads them."""
-    stock = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
-    return {name: stock[name] for name in layout.target.config}
-
-
-def _report(options: ExportOptions, layout: ExportLayout, fidelity: Any, comparison: Comparison) -> ExportReport:
-    return ExportReport(
-        format=options.format,
-        target=options.target,
-        kv_lora_rank=layout.rank,
-        qk_nope_head_dim=layout.heads.nope,
-        qk_rope_head_dim=layout.heads.rope,
-        v_head_dim=layout.heads.v,
-        kv_numbers_before=sum(layer.cache_width for layer in layout.layers),
-        kv_numbers_after=layout.cache_width * len(layout.layers),
-        norm_kl=None if fidelity is None else fidelity.kl,
-        norm_top1=None if fidelity is None else fidelity.top1,
-        comparison=comparison,
-    )
-
-
-_CARD = """---
+_CARD_METADATA = """---
 library_name: transformers
 tags:
 - mla
 - xeco-convert
 ---
-
-# {source} as stock DeepSeek-V3
-
-A dense model of the DeepSeek-V3 architecture (no experts are in use), exported by xeco-convert {version} for {target}. It
-loads without remote code: `AutoModelForCausalLM.from_pretrained(folder)`. How it compares with the converted model is in
-`xeco_export.json`.
 """

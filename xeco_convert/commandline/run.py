@@ -1,4 +1,4 @@
-"""Runs a command so that every foreseen failure is one sentence on stderr and an exit code; shared by both commands."""
+"""Runs a command so that every foreseen failure is one sentence on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -75,6 +75,17 @@ def say_when_interrupted(sentence: str | Callable[[], str]) -> None:
     context = click.get_current_context(silent=True)
     if context is not None and isinstance(context.obj, Interrupts):
         context.obj.sentence = sentence
+
+
+def when_interrupted(output: Path, rest: str) -> Callable[[], str]:
+    """What to say after Ctrl-C, which may come when all is done but the report. `rest` ends the sentence that says that nothing
+    was written: what is left of the run."""
+    written = Replaced(output)
+    return lambda: (
+        f"interrupted; {output} was written whole, only the report was not."
+        if written
+        else f"interrupted; nothing was written{rest}"
+    )
 
 
 class Replaced:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.checkpoint import TensorHeader
-from xeco_convert.export.layout import ExportLayout
+from xeco_convert.export.formats.deepseek_v3.layout import ExportLayout
 
 Read = Callable[[str], Tensor]
 

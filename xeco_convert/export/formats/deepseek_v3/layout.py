@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
-from xeco_convert.export.targets import HeadWidths, Target
+from xeco_convert.export.engines import Engine, HeadWidths
 from xeco_convert.families import AttentionGeometry, FamilySpec
 from xeco_convert.families.spec import rope_parameters
 from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling import MlaLayer
-
-STOCK_NORM_EPS = 1e-6  # of kv_a_layernorm in transformers, whatever config.json says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class RotarySlots:
 @dataclass(frozen=True, kw_only=True)
 class ExportLayout:
     """What export needs to know before it reads a weight. `config`: fields as transformers resolved them; `norm_eps`: of the
-    latent norm in the target's forward; `fused_mlp`: gate and up projections are one tensor; `head_is_embedding`: no output
+    latent norm in the engine's forward; `fused_mlp`: gate and up projections are one tensor; `head_is_embedding`: no output
     head is stored, so that it is the embedding."""
 
     family: FamilySpec
@@ -49,13 +47,23 @@ class ExportLayout:
     heads: HeadWidths
     rank: int
     rotary: RotarySlots
-    target: Target
+    engine: Engine
     norm_eps: float
 
     @property
     def query_scale(self) -> float:
         """The source's softmax scale over the stock one, (N + P)^-½: it goes into the queries."""
         return self.family.softmax_scale(self.config) * math.sqrt(self.heads.nope + self.heads.rope)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of every layer, by their names in config.json."""
+        return {
+            "kv_lora_rank": self.rank,
+            "qk_nope_head_dim": self.heads.nope,
+            "qk_rope_head_dim": self.heads.rope,
+            "v_head_dim": self.heads.v,
+        }
 
     @property
     def cache_width(self) -> int:
@@ -68,8 +76,8 @@ class ExportLayout:
         return tuple(range(widths.qk_rope_head_dim // 2)) if widths.rope_index is None else widths.rope_index
 
 
-def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target, stored: Collection[str]) -> ExportLayout:
-    """Check a converted configuration, as transformers resolved it, against a target; `stored`: names of the tensors.
+def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, stored: Collection[str]) -> ExportLayout:
+    """Check a converted configuration, as transformers resolved it, against an engine; `stored`: names of the tensors.
 
     Raises `UnsupportedModelError` with what would come out wrong.
     """
@@ -78,7 +86,7 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target, s
     geometry = family.geometry(config)
     needed = max((layer.qk_rope_head_dim for layer in layers), default=0)
     rotary = _slots(config, family, layers, needed)
-    heads = target.padded_heads(
+    heads = engine.padded_heads(
         HeadWidths(
             nope=max(layer.qk_nope_head_dim for layer in layers),
             rope=2 * rotary.slots,
@@ -86,8 +94,7 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target, s
         )
     )
     rotary = _widened(rotary, config, family, layers, heads.rope // 2)
-    target.check_rope(config, whole=rotary.whole)
-    eps = STOCK_NORM_EPS if target.name == "transformers" else family.norm_eps(config)
+    engine.check_rope(config, whole=rotary.whole)
     return ExportLayout(
         family=family,
         geometry=geometry,
@@ -96,10 +103,10 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, target: Target, s
         head_is_embedding=family.output_head not in stored,
         layers=layers,
         heads=heads,
-        rank=target.padded_rank(max(layer.kv_lora_rank for layer in layers)),
+        rank=engine.padded_rank(max(layer.kv_lora_rank for layer in layers)),
         rotary=rotary,
-        target=target,
-        norm_eps=eps,
+        engine=engine,
+        norm_eps=family.norm_eps(config) if engine.norm_eps is None else engine.norm_eps,
     )
 
 
@@ -158,52 +165,3 @@ def _widened(
     stock = theta ** (rotary.stride * 2 * slots / width)
     whole = rotary.stride == 1 and 2 * slots == width
     return RotarySlots(stride=rotary.stride, slots=slots, rope_theta=theta if whole else stock, whole=whole)
-
-
-def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
-    """config.json of a dense DeepSeek-V3: every layer below first_k_dense_replace, no shared or routed expert in use."""
-    values = layout.config
-    kept: tuple[str, ...] = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "rms_norm_eps",
-    )
-    kept += ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
-    settings = {key: value for key, value in rope_parameters(values).items() if key != "partial_rotary_factor"}
-    settings.pop("type", None)
-    settings = {**settings, "rope_theta": layout.rotary.rope_theta}
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **{name: values[name] for name in kept if values.get(name) is not None},
-        "num_key_value_heads": layout.geometry.num_attention_heads,
-        "hidden_act": values.get("hidden_act", "silu"),
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "q_lora_rank": None,
-        "kv_lora_rank": layout.rank,
-        "qk_nope_head_dim": layout.heads.nope,
-        "qk_rope_head_dim": layout.heads.rope,
-        "v_head_dim": layout.heads.v,
-        "rope_parameters": settings,
-        "rope_theta": layout.rotary.rope_theta,
-        "rope_interleave": True,
-        "first_k_dense_replace": layout.geometry.num_hidden_layers,
-        "num_nextn_predict_layers": 0,
-        "n_routed_experts": 2,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": values["intermediate_size"],
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "dtype": dtype,
-        **layout.target.config,
-    }

@@ -1,17 +1,16 @@
-"""What each engine takes as DeepSeek-V3: widths that its kernels are made for, rotary types, and what it gets silently wrong.
+"""What an engine is: the widths that its kernels are made for, rotary types, and what it gets silently wrong.
 
-Sources: transformers 5.23 (run here); vLLM 0.33, SGLang 0.5.23 and llama.cpp of autumn 2026 as read and tried for
-docs/serving.md. A width that an engine does not take is reached by zeros, which change no result.
-"""
+A width that an engine does not take is reached by zeros, which change no result."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xeco_convert.errors import UnsupportedModelError
 from xeco_convert.families.spec import rope_parameters
+from xeco_convert.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +23,19 @@ class HeadWidths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Engine:
     """One engine. `heads` and `ranks`: the widths that it takes, smallest first; empty: any. `rope_types`: those that it
-    reads as transformers does. `config`: fields of config.json that it wants otherwise."""
+    reads as transformers does, and `rope_reason` what it does with others. `config`: fields of config.json that it wants
+    otherwise. `norm_eps`: the eps of its latent norm, whatever config.json says; None: that of config.json."""
 
     name: str
+    order: int = 100
     heads: tuple[HeadWidths, ...] = ()
     ranks: tuple[int, ...] = ()
     rope_types: tuple[str, ...] = ("default",)
     rope_reason: str = ""
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
 
     def padded_heads(self, needed: HeadWidths) -> HeadWidths:
         """The smallest widths that hold `needed`. Raises `UnsupportedModelError` that names those on offer."""
@@ -77,35 +79,6 @@ class Target:
             )
 
 
-_DEEPSEEK_HEADS = (HeadWidths(nope=64, rope=64, v=128), HeadWidths(nope=128, rope=64, v=128))
-TARGETS = {
-    target.name: target
-    for target in (
-        Target(
-            name="transformers",
-            rope_types=("default", "linear", "llama3", "yarn", "dynamic"),
-            rope_reason="the class has no such type",
-            config={},
-        ),
-        Target(
-            name="vllm",
-            heads=(*_DEEPSEEK_HEADS, HeadWidths(nope=192, rope=64, v=256)),
-            ranks=(256, 448, 512),
-            rope_reason="vLLM's DeepSeek class replaces it by YaRN or refuses it",
-            config={},
-        ),
-        Target(
-            name="sglang",
-            heads=_DEEPSEEK_HEADS,
-            ranks=(256, 512),
-            rope_reason="SGLang's DeepSeek class reads it as YaRN",
-            config={},
-        ),
-        Target(
-            name="llama.cpp",
-            rope_reason="llama.cpp's deepseek2 graph ignores it",
-            # the converter takes null for "a Lite model", by which llama.cpp then guesses from the number of layers
-            config={"q_lora_rank": 0, "n_group": None, "topk_group": None},
-        ),
-    )
-}
+# What the kernels of vLLM and SGLang were written for: DeepSeek's own widths, and those of its smaller models.
+DEEPSEEK_HEADS = (HeadWidths(nope=64, rope=64, v=128), HeadWidths(nope=128, rope=64, v=128))
+ENGINES: Registry[Engine] = Registry("xeco_convert.export.engines")

@@ -1,0 +1,13 @@
+"""SGLang's DeepSeek class, by the widths of its attention kernels."""
+
+from xeco_convert.export.engines.engine import DEEPSEEK_HEADS, ENGINES, Engine
+
+SGLANG = ENGINES.add(
+    Engine(
+        name="sglang",
+        order=2,
+        heads=DEEPSEEK_HEADS,
+        ranks=(256, 512),
+        rope_reason="SGLang's DeepSeek class reads it as YaRN",
+    )
+)
