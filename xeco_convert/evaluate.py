@@ -6,43 +6,22 @@ part: a window is T tokens of text, and every prediction counts once.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from xeco_convert.errors import CheckpointError, OptionError, VerificationError
+from xeco_convert.errors import CheckpointError, OptionError
+from xeco_convert.quality import Fidelity, FidelitySums, OutputHead, prediction_sums
+
+__all__ = ["Fidelity", "measure_fidelity", "sequence_windows", "token_windows"]
 
 # Logits of one chunk, in numbers (64 MiB in float32). A few such matrices live at a time; a window of 2048 tokens over a
 # vocabulary of 128k would be 1 GiB for each of them.
 _LOGITS_PER_CHUNK = 2**24
 _PROBE_TOKENS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """What `measure_fidelity` found, over num_tokens predictions.
-
-    Perplexities are exp of the mean negative log-likelihood; `kl` is the mean of KL(source ‖ converted) over predictions,
-    in nats per token; `top1` the share of predictions whose most likely token is the same.
-    """
-
-    perplexity_source: float
-    perplexity: float
-    kl: float
-    top1: float
-    num_tokens: int
-    num_windows: int
-
-    @property
-    def gap(self) -> float:
-        """What the conversion costs, in nats per token: ln(perplexity / perplexity_source)."""
-        return math.log(self.perplexity / self.perplexity_source)
 
 
 def token_windows(text: str | Sequence[int], tokenizer: Any, length: int, num: int | None = None) -> Tensor:
@@ -115,68 +94,31 @@ def measure_fidelity(
             targets_of_batch = batch[:, 1:].flatten()
             pieces = zip(*(torch.split(part, chunk) for part in (*hidden, targets_of_batch)), strict=True)
             for source_states, states, targets in pieces:
-                totals.add(pair[0].logits(source_states), pair[1].logits(states), targets)
+                totals.add(prediction_sums(pair[0].logits(source_states), pair[1].logits(states), targets))
     return totals.fidelity(num_windows=windows.shape[0])
-
-
-class FidelitySums:
-    """Sums over predictions, float64."""
-
-    def __init__(self) -> None:
-        self._source_loss = self._loss = self._kl = 0.0
-        self._agreeing = self._num_tokens = 0
-
-    def add(self, source_logits: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count N predictions: logits [N, V] of both models on any devices, targets [N]."""
-        source_logp = functional.log_softmax(source_logits.float(), dim=-1).to(logits.device)
-        logp = functional.log_softmax(logits.float(), dim=-1)
-        column = targets.to(logits.device)[:, None]
-        self._source_loss -= _sum(source_logp.gather(1, column))
-        self._loss -= _sum(logp.gather(1, column))
-        probability = source_logp.exp()
-        # Where both give a token no chance at all (-inf), p·(ln p - ln q) is 0, not NaN.
-        divergence = torch.where(probability > 0, probability * (source_logp - logp), 0.0)
-        self._kl += _sum(divergence.sum(dim=-1))
-        self._agreeing += int((source_logp.argmax(dim=-1) == logp.argmax(dim=-1)).sum())
-        self._num_tokens += targets.numel()
-
-    def fidelity(self, num_windows: int) -> Fidelity:
-        """The means. Raises `VerificationError` where a sum is not a number."""
-        for which, loss in (("source", self._source_loss), ("converted model", self._loss)):
-            if math.isnan(loss):
-                raise VerificationError(
-                    f"fidelity: the {which} gives NaN on these windows, expected finite logits; load it in float32, "
-                    "and check its weights."
-                )
-        count = self._num_tokens
-        return Fidelity(
-            perplexity_source=_exp(self._source_loss / count),
-            perplexity=_exp(self._loss / count),
-            kl=max(0.0, self._kl / count),  # rounding may take the divergence of two equal models just below zero
-            top1=self._agreeing / count,
-            num_tokens=count,
-            num_windows=num_windows,
-        )
 
 
 class _Logits:
     """A model in two halves, its body and its head, so that logits need never exist for a whole window.
 
-    Where the model's own forward does something to the head's output (soft-capping, scaling), a probe of a few tokens shows
-    it, and whole windows go through the forward: `whole`.
+    Where the model's own forward does something to the head's output that its family does not say, a probe of a few tokens
+    shows it, and whole windows go through the forward: `whole`.
     """
 
     def __init__(self, model: Any, windows: Tensor) -> None:
         self._model = model
         self._device = next(model.parameters()).device
-        self._head: Callable[[Tensor], Tensor] = self._model.get_output_embeddings()
-        self.whole = False
+        # a head that is wrapped (LoRA, quantised) has no weight that stands for it
+        self.whole = type(model.get_output_embeddings()) is not nn.Linear
+        if self.whole:
+            return
+        self._head = OutputHead.of_model(model)
         probe = windows[:1, :_PROBE_TOKENS]
         expected = self._call(model, probe).logits.float()
-        found = self._head(self.states(probe)).float()
+        logits = self._head.logits(self.states(probe)).float()
         # Both compute the same products, in batches of different shapes: one part in a hundred is far above their rounding.
         scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-        self.whole = not torch.allclose(found, expected, rtol=0.01, atol=0.01 * scale)
+        self.whole = not torch.allclose(logits, expected, rtol=0.01, atol=0.01 * scale)
 
     def states(self, windows: Tensor) -> Tensor:
         """[B, T] ids -> what `logits` takes for every position: hidden states [B, T, X], or logits [B, T, V] if `whole`."""
@@ -186,7 +128,7 @@ class _Logits:
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] of the states of N positions."""
-        return states if self.whole else self._head(states)
+        return states if self.whole else self._head.logits(states)
 
     def _call(self, module: Any, windows: Tensor) -> Any:
         return module(input_ids=windows.to(self._device), use_cache=False)
@@ -226,12 +168,3 @@ def _check_windows(windows: Tensor, source: nn.Module, converted: nn.Module) -> 
             f"fidelity: expected token ids from 0 to {size - 1}, found {low if low < 0 else high}; "
             "use the tokenizer of this model."
         )
-
-
-def _sum(values: Tensor) -> float:
-    return float(values.cpu().double().sum())  # some accelerators have no float64
-
-
-def _exp(mean_loss: float) -> float:
-    """exp without its OverflowError: a broken model has an infinite perplexity."""
-    return math.exp(mean_loss) if mean_loss < 700 else math.inf

@@ -11,9 +11,9 @@ from sources import plan_for, random_windows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xeco_convert.calibration import CalibrationWindows
-from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import OutputHead, SourceStream
 from xeco_convert.factorize.attention import source_output
+from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.source_attention import read_attention
 
 CASES = [(variant, "default") for variant in VARIANTS] + [("qwen2_window", rope) for rope in ROPES if rope != "default"]

@@ -10,7 +10,6 @@ import torch
 from sources import plan_for, random_windows
 
 from xeco_convert.calibration import survey as surveying
-from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import SourceStream
 from xeco_convert.calibration.survey import (
     Survey,
@@ -23,6 +22,7 @@ from xeco_convert.factorize.attention import mla_output, source_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import StatisticsAccumulator
+from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.ranks import Widths
 from xeco_convert.source_attention import read_attention
 

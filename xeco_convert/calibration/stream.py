@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import CheckpointError, reason_of
-from xeco_convert.factorize.attention import AttentionContext, soft_capped
+from xeco_convert.factorize.attention import AttentionContext
 from xeco_convert.families import FamilySpec
+from xeco_convert.quality import OutputHead
 from xeco_convert.source import SourceModel
 
 BATCH_WINDOWS = 4
@@ -123,21 +124,6 @@ class LayerView:
         return self.layer.input_layernorm(inputs)  # type: ignore[operator,no-any-return]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputHead:
-    """Final norm and vocabulary projection [vocabulary, X] of the source, float32; what it does to the logits after that."""
-
-    norm: nn.Module
-    weight: Tensor
-    divisor: float = 1.0
-    softcap: float | None = None
-
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocabulary] of hidden states [n, X]."""
-        return soft_capped(self.norm(hidden) @ self.weight.T / self.divisor, self.softcap)
-
-
 class _Given(nn.Module):
     """Stands in for an attention module, with an output that is known already."""
 
@@ -196,15 +182,12 @@ class SourceStream:
     def output_head(self) -> OutputHead:
         """What follows the last layer: final norm, vocabulary projection, and scale or cap of the logits."""
         source, family = self._source, self._source.family
-        name = family.final_norm.removesuffix(".").rpartition(".")[2]
-        norm = self._loaded(getattr(self._skeleton, name), family.final_norm)
-        values = source.values
-        softcap = values.get(family.logits_softcap)
+        norm = self._skeleton.get_submodule(family.final_norm.removesuffix(".").rpartition(".")[2])
         return OutputHead(
-            norm=norm,
+            norm=self._loaded(norm, family.final_norm),
             weight=self._read(source.parameter_or_tied(family.output_head)),
-            divisor=family.logits_scale(values),
-            softcap=None if softcap is None else float(softcap),
+            divisor=family.logits_scale(source.values),
+            softcap=family.logits_cap(source.values),
         )
 
     def _embedded(self) -> Tensor:

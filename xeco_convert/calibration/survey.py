@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xeco_convert.calibration.fidelity import stream_fidelity
-from xeco_convert.calibration.stream import LayerView, OutputHead
+from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import mla_output, source_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
+from xeco_convert.quality import OutputHead
+from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.ranks import Widths
 from xeco_convert.ranks.budget import without_rotation
 

@@ -228,6 +228,11 @@ class FamilySpec:
         """What the output head's products are divided by."""
         return float(values.get(self.logits_divisor) or 1.0)
 
+    def logits_cap(self, values: Mapping[str, Any]) -> float | None:
+        """The bound of the logits, if they have one."""
+        value = values.get(self.logits_softcap)
+        return None if value is None else float(value)
+
     def window_in_use(self, values: Mapping[str, Any]) -> bool:
         """Whether some layer attends through a sliding window."""
         if values.get("sliding_window") is None or not values.get("use_sliding_window", True):

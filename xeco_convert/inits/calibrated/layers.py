@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from xeco_convert.calibration.fidelity import stream_fidelity
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.survey import Probe, Survey
 from xeco_convert.calibration.work import WorkFolder
-from xeco_convert.evaluate import Fidelity
 from xeco_convert.factorize.attention import latent_inputs, mla_output, source_output
 from xeco_convert.factorize.balance import balance_for_storage
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
@@ -30,6 +28,8 @@ from xeco_convert.initialisation import ConvertedLayer, Progress
 from xeco_convert.inits.calibrated.measurements import Measurements
 from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.plan import ConversionPlan
+from xeco_convert.quality import Fidelity
+from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.ranks import Widths
 from xeco_convert.refine import LayerRefinement, RefineOptions
 
