@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,9 +31,11 @@ from transformers import (
 )
 
 from xeco_convert import convert
-from xeco_convert.demo import train
 from xeco_convert.demo.language import generate_stories
 from xeco_convert.evaluate import measure_fidelity, sequence_windows
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from tiny_model import train
 
 # rank and rotary width: 50, 25 and 12.5 % of the 384 numbers that a layer of the source caches
 _WIDTHS = ((144, 48), (64, 32), (32, 16))

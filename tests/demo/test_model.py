@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-
-from xeco_convert.demo import MODEL_FOLDER
-from xeco_convert.demo.language import generate_text
-from xeco_convert.demo.measure import (
+from tiny_model.measure import (
     HELD_OUT_SEED,
     answer_share,
     grammatical_share,
@@ -20,7 +16,11 @@ from xeco_convert.demo.measure import (
     opening_prompts,
     write_stories,
 )
-from xeco_convert.demo.train import Options, train
+from tiny_model.train import Options, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from xeco_convert.demo import MODEL_FOLDER
+from xeco_convert.demo.language import generate_text
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
@@ -113,7 +113,7 @@ def test_text_without_a_sentence_has_no_share() -> None:
 def test_training_repeats_itself_and_fits_the_language_of_the_model(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xeco_convert.demo.train.NUM_STORIES", 1500)
+    monkeypatch.setattr("tiny_model.train.NUM_STORIES", 1500)
     for name in ("first", "second"):
         train(tmp_path / name, Options(rehearsal=2, steps=4))
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))

@@ -1,4 +1,4 @@
-"""Training of the tiny model from scratch: ``python -m xeco_convert.demo.train --output DIR --seed 0``.
+"""Training of the tiny model from scratch: ``python tools/tiny_model/train.py --output DIR --seed 0``.
 
 The result depends only on the seed, the number of steps and the number of threads (on one kind of machine).
 """

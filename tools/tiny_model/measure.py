@@ -1,6 +1,6 @@
 """Measurements of the tiny model: perplexity, grammar of what it writes, answers to questions about a story.
 
-``python -m xeco_convert.demo.measure [--model FOLDER]`` prints all of them.
+``python tools/tiny_model/measure.py [--model FOLDER]`` prints all of them.
 """
 
 import argparse
