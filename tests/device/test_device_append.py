@@ -6,7 +6,7 @@ from emulated import Emulated, KernelStoppedError
 from real import Real
 from torch import Tensor
 
-from xeco_convert.ops.rope_and_append import rope_and_append_reference
+from xeco_convert.ops._rope_and_append import rope_and_append_reference
 
 SIZES = [(2, 3, 24, 8), (1, 1, 128, 32), (3, 5, 7, 2), (2, 0, 16, 16)]  # B, Q, R, P
 

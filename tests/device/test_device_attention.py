@@ -12,7 +12,7 @@ from real import Real
 from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
-from xeco_convert.ops.latent_attention import latent_attention
+from xeco_convert.ops import latent_attention
 
 # 0 and 1 tokens, tiles that are not full, every tile of the tables (rows up to 16, 32 and more; R up to 64, 128, 256, 512)
 SIZES = [
