@@ -85,8 +85,8 @@ def missing_device_tools() -> str | None:
         return "CUDA_HOME names no CUDA toolkit (nvcc)"
     nvcc = cuda_of_nvcc(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
     if nvcc is None or nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
-        found = f"is of CUDA {nvcc}" if nvcc else "does not run"
-        return f"torch is of CUDA {torch.version.cuda}, and nvcc of CUDA_HOME ({cpp_extension.CUDA_HOME}) {found}"
+        complaint = f"is of CUDA {nvcc}" if nvcc else "does not run"
+        return f"torch is of CUDA {torch.version.cuda}, and nvcc of CUDA_HOME ({cpp_extension.CUDA_HOME}) {complaint}"
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     capabilities = [torch.cuda.get_device_capability(device) for device in devices]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and capabilities and max(capabilities) < (8, 0):

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -23,8 +24,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_levels") = level_names(xeco::kNumCpuLevels);
   m.attr("compiled_levels") = level_names(xeco::num_compiled_levels());
   m.attr("detected_level") = xeco::level_name(xeco::detected_level());
-  m.attr("max_rank") = xeco::kMaxRank;
-  m.attr("max_rope") = xeco::kMaxRope;
+  m.attr("limits") = std::map<std::string, int64_t>{{"rank", xeco::kMaxRank},
+                                                    {"rope", xeco::kMaxRope},
+                                                    {"splits", xeco::kMaxSplits},
+                                                    {"position", xeco::kMaxPosition}};
   m.attr("device_archs") = std::vector<std::string>{};  // the CPU module holds no device code
 #if defined(XECO_EMULATE_AMX)
   m.attr("emulated") = std::vector<std::string>{"amx"};

@@ -67,8 +67,8 @@ def check_ops(level: str) -> None:
             with torch.no_grad():
                 decoded, _ = latent_attention_decode(*tensors, softmax_scale=0.125)
             outputs.append([out.detach(), *(tensor.grad for tensor in tensors), decoded])
-        for expected, found in zip(*outputs, strict=True):
-            error = ((found.double() - expected).norm() / expected.norm()).item()
+        for expected, result in zip(*outputs, strict=True):
+            error = ((result.double() - expected).norm() / expected.norm()).item()
             if not error < bound:
                 sys.exit(f"{level}, {name}: relative error {error:.1e}, expected below {bound:.0e}")
     print(f"{level}: forward, backward and decode agree with float64")

@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor> latent_attention_decode(Tensor q_latent, Tensor q_rop
   require(shape.ends != nullptr || shape.block_table == nullptr, op, ": lengths: needed with a block_table, got none");
   Backend::check_same_device(op, q_latent, {{"block_table", block_table}, {"starts", starts}, {"lengths", lengths}});
   Backend::check_values(op, shape);
-  require(num_splits >= 0 && num_splits <= 1024, op, ": num_splits: expected 0 (automatic) to 1024, got ", num_splits);
+  require(num_splits >= 0 && num_splits <= kMaxSplits, op, ": num_splits: expected 0 (automatic) to ", kMaxSplits,
+          ", got ", num_splits);
   const Backend backend(op, q_latent);
   params.num_splits = num_splits > 0 ? num_splits : backend.num_splits(shape);
   return run_forward(backend, in, params);

@@ -9,8 +9,11 @@
 
 namespace xeco {
 
-// Widths that the kernels take; MAX_RANK and MAX_ROPE of xeco_convert/ops/choice.py.
+// Widths that the kernels take, parts that a cache may be cut into, and how far from the cache a query may stand.
+// xeco_convert/ops/ says the same, where no extension needs to be built (tests/csrc/ compares them).
 constexpr int64_t kMaxRank = 512, kMaxRope = 128;
+constexpr int64_t kMaxSplits = 1024;
+constexpr int64_t kMaxPosition = int64_t{1} << 40;
 
 // Rows that kernels write for themselves, in scratch or shared memory, have each part padded to a multiple of this: the
 // depth of a matrix instruction, and whole vectors of any instruction set.
@@ -34,11 +37,11 @@ struct AttentionShape {
   const int64_t* starts = nullptr;           // [B], or null: 0
   const int64_t* ends = nullptr;             // [B], or null: T
   const int64_t* query_positions = nullptr;  // [B], or null: T - Q, or ends[b] - Q where queries_end_at_ends
-  bool queries_end_at_ends = false;
   // Paged cache: token t of sequence b lies in row t % page_size of page block_table[b, t / page_size].
   const int32_t* block_table = nullptr;  // [B, max_pages], or null: contiguous
   int64_t block_table_stride = 0, page_size = 0;
-  int64_t num_pages = 0;  // pages that exist
+  int64_t num_pages = 0;             // pages that exist
+  bool queries_end_at_ends = false;  // without query_positions: the last one stands at ends[b] - 1
 };
 
 struct ForwardParams {

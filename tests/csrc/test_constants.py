@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from xeco_convert.ops._latent_attention import _MAX_POSITION
+from xeco_convert.ops._latent_attention_decode import _MAX_SPLITS
 from xeco_convert.ops.choice import MAX_RANK, MAX_ROPE
 from xeco_convert.ops.extension import CPU_LEVELS, extension
 
@@ -13,10 +15,11 @@ needs_extension = pytest.mark.skipif(extension() is None, reason="the extension 
 
 
 @needs_extension
-def test_the_widths_that_the_kernels_take() -> None:
+def test_the_limits_of_the_kernels() -> None:
     module = extension()
     assert module is not None
-    assert (module.max_rank, module.max_rope) == (MAX_RANK, MAX_ROPE)
+    expected = {"rank": MAX_RANK, "rope": MAX_ROPE, "splits": _MAX_SPLITS, "position": _MAX_POSITION}
+    assert module.limits == expected
 
 
 @needs_extension

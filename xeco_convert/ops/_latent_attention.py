@@ -24,7 +24,7 @@ from xeco_convert.ops.checks import (
 from xeco_convert.ops.extension import first_loaded_for, runs_in_reference
 
 _OP = "latent_attention"
-_FAR = 2**40  # query positions beyond it could overflow in sums
+_MAX_POSITION = 2**40  # query positions beyond it could overflow in sums
 _LIBRARY = torch.library.Library("xeco", "FRAGMENT")
 _INPUTS = "Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope"
 _RULE = (
@@ -233,7 +233,7 @@ def _check_ranges(
 ) -> None:
     check_values(op, "starts", starts, 0, num_tokens)
     check_values(op, "ends", ends, 0, num_tokens)
-    check_values(op, "query_positions", query_positions, -_FAR, _FAR)
+    check_values(op, "query_positions", query_positions, -_MAX_POSITION, _MAX_POSITION)
 
 
 def _forward_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -103,11 +103,10 @@ struct Cpu {
   static void check_same_device(const char*, const Tensor&, std::initializer_list<NamedTensor>) {}  // there is one
 
   static void check_values(const char* op, const AttentionShape& shape) {
-    constexpr int64_t kFar = int64_t{1} << 40;
     const char* ends = shape.queries_end_at_ends ? "lengths" : "ends";
     check_range(op, "starts", shape.starts, shape.batch, 0, shape.num_tokens);
     check_range(op, ends, shape.ends, shape.batch, 0, shape.num_tokens);
-    check_range(op, "query_positions", shape.query_positions, shape.batch, -kFar, kFar);
+    check_range(op, "query_positions", shape.query_positions, shape.batch, -kMaxPosition, kMaxPosition);
     if (shape.block_table != nullptr) check_pages(op, shape);
   }
 

@@ -59,10 +59,10 @@ void check_slots(const AppendParams& params) {
             ": positions: expected values from 0 to ", params.capacity - params.num_queries, " (", params.num_queries,
             " new tokens in a cache of ", params.capacity, "), got ", first, " for sequence ", b);
     for (int64_t slot = first; params.block_table != nullptr && slot < last; ++slot) {
-      const int64_t page = slot / params.page_size;
-      const int32_t found = params.block_table[b * params.block_table_stride + page];
-      require(found >= 0 && found < params.num_pages, kAppendOp, ": block_table: expected pages from 0 to ",
-              params.num_pages - 1, ", got ", found, " at [", b, ", ", page, "]");
+      const int64_t index = slot / params.page_size;
+      const int32_t page = params.block_table[b * params.block_table_stride + index];
+      require(page >= 0 && page < params.num_pages, kAppendOp, ": block_table: expected pages from 0 to ",
+              params.num_pages - 1, ", got ", page, " at [", b, ", ", index, "]");
     }
   }
 }
