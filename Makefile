@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.c*' -o -name '*.h')
+FORMATTED := $(CSRC) $(wildcard tests/device/*.cpp tests/device/*.h)
 # Every pip call takes the pinned torch; build environments have a variable of their own since pip 25.3.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
@@ -26,6 +27,7 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 # build/site: docs/, the READMEs and the API reference from the docstrings; a broken link or reference is an error
 docs: $(VENV)/.docs

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 # 2.10: the oldest torch whose stable ABI has all that is used; the binary runs on that and every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 DEVICE_NAME = "xeco_convert._device"
+INCLUDE_DIRS = [str(HERE / "csrc"), str(HERE / "csrc/include")]
 
 
 def wanted() -> bool:
@@ -84,8 +85,8 @@ def missing_device_tools() -> str | None:
         return "CUDA_HOME names no CUDA toolkit (nvcc)"
     nvcc = cuda_of_nvcc(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
     if nvcc is None or nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
-        found = f"is of CUDA {nvcc}" if nvcc else "does not run"
-        return f"torch is of CUDA {torch.version.cuda}, and nvcc of CUDA_HOME ({cpp_extension.CUDA_HOME}) {found}"
+        complaint = f"is of CUDA {nvcc}" if nvcc else "does not run"
+        return f"torch is of CUDA {torch.version.cuda}, and nvcc of CUDA_HOME ({cpp_extension.CUDA_HOME}) {complaint}"
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     capabilities = [torch.cuda.get_device_capability(device) for device in devices]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and capabilities and max(capabilities) < (8, 0):
@@ -103,6 +104,23 @@ def cuda_of_nvcc(nvcc: Path) -> str | None:
     return release.group(1) if release else None
 
 
+def files(*suffixes: str) -> list[str]:
+    """All of csrc/ with one of these endings."""
+    return sorted(str(file.relative_to(HERE)) for suffix in suffixes for file in HERE.glob(f"csrc/**/*{suffix}"))
+
+
+def common_macros() -> list[tuple[str, str | None]]:
+    """What both modules are told."""
+    import torch
+
+    version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
+    return [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        ("XECO_VERSION", f'"{version}"'),
+        ("XECO_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+    ]
+
+
 def device_extension():
     """The module xeco_convert._device: kernels in .cu files, registered with torch through its stable ABI."""
     import torch
@@ -112,28 +130,21 @@ def device_extension():
     archs = "PYTORCH_ROCM_ARCH" if is_rocm else "TORCH_CUDA_ARCH_LIST"
     if not torch.cuda.is_available():  # nobody to ask: the kernels' own targets, PTX for what comes later
         os.environ.setdefault(archs, "gfx90a;gfx942" if is_rocm else "8.0;9.0+PTX")
-    sources, headers = (
-        sorted(str(file.relative_to(HERE)) for suffix in suffixes for file in HERE.glob(f"csrc/**/*{suffix}"))
-        for suffixes in ([".cu"], [".cuh", ".h"])
-    )
-    version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
     macros = [
-        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        *common_macros(),
         ("USE_CUDA", None),  # declares what torch's C shim has for the current stream, under ROCm too
         ("XECO_DEVICE_LIBRARY", None),
-        ("XECO_VERSION", f'"{version}"'),
-        ("XECO_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
         ("XECO_DEVICE_BACKEND", '"rocm"' if is_rocm else '"cuda"'),
         ("XECO_DEVICE_ARCHS", f'"{os.environ.get(archs, "")}"'),
     ]
-    host = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+    host = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
     device = ["-O3", "-std=c++17"] + ([] if is_rocm else ["-Xcompiler", "-fvisibility=hidden"])
     return CUDAExtension(
         name=DEVICE_NAME,
         # module.cc: the suffix keeps it out of xeco_convert._C, which takes every .cpp
-        sources=[*sources, "csrc/device/module.cc"],
-        depends=[*headers, "setup.py", "xeco_convert/__init__.py"],
-        include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
+        sources=[*files(".cu"), "csrc/device/module.cc"],
+        depends=[*files(".cuh", ".h"), "setup.py", "xeco_convert/__init__.py"],
+        include_dirs=INCLUDE_DIRS,
         define_macros=macros,
         extra_compile_args={"cxx": host, "nvcc": device + shlex.split(os.environ.get("XECO_NVCCFLAGS", ""))},
     )
@@ -141,31 +152,21 @@ def device_extension():
 
 def extension():
     """The module xeco_convert._C."""
-    import torch
     from torch.utils.cpp_extension import CppExtension
 
-    sources, headers = (
-        sorted(str(file.relative_to(HERE)) for file in HERE.glob(f"csrc/**/*{suffix}")) for suffix in (".cpp", ".h")
-    )
-    version = re.search(r'__version__ = "([^"]+)"', (HERE / "xeco_convert/__init__.py").read_text("utf-8")).group(1)
-    macros = [
-        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-        ("XECO_VERSION", f'"{version}"'),
-        ("XECO_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
-    ]
+    macros = common_macros()
     if platform.machine() in ("x86_64", "AMD64"):
         macros.append(("XECO_X86_KERNELS", None))
     if os.environ.get("XECO_EMULATE_AMX") == "1":
         macros.append(("XECO_EMULATE_AMX", None))
-    flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
-    # vector arguments are passed inside one file only; GCC 12's own AVX-512 headers trip the other two
-    flags += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    # -Wno-psabi: vector arguments are passed inside one file only
+    flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     return CppExtension(
         name="xeco_convert._C",
-        sources=sources,
+        sources=files(".cpp"),
         # setuptools asks ninja only where one of these is newer than the module
-        depends=[*headers, "setup.py", "xeco_convert/__init__.py"],
-        include_dirs=[str(HERE / "csrc"), str(HERE / "csrc/include")],
+        depends=[*files(".h"), "setup.py", "xeco_convert/__init__.py"],
+        include_dirs=INCLUDE_DIRS,
         define_macros=macros,
         extra_compile_args={"cxx": flags + shlex.split(os.environ.get("XECO_CXXFLAGS", ""))},
         extra_link_args=shlex.split(os.environ.get("XECO_LDFLAGS", "")),

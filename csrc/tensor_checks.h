@@ -1,5 +1,5 @@
-// Checks of the tensors that an op is given: one sentence each, naming the op, the argument, what was expected and found.
-// Uses libtorch's stable ABI alone.
+// Checks of the tensors that an op is given: one sentence each, naming the op, the argument, what was expected and what
+// it is. Uses libtorch's stable ABI alone.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,12 +11,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "xeco/params.h"
+#include "xeco/views.h"
 
 namespace xeco {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
@@ -36,10 +37,22 @@ inline std::string shape_of(const Tensor& tensor) {
 #if defined(XECO_DEVICE_LIBRARY)
 inline bool is_served(const Tensor& tensor) { return tensor.is_cuda(); }
 constexpr const char* kServedDevice = "a GPU";
+constexpr const char* kServedDtypes =
+    "the fused GPU kernels take bfloat16 and float16, and float32 where they only copy rows";
 #else
 inline bool is_served(const Tensor& tensor) { return tensor.is_cpu(); }
 constexpr const char* kServedDevice = "the CPU";
+constexpr const char* kServedDtypes = "the fused CPU kernels take float32, bfloat16 and float16";
 #endif
+
+// A tensor that an op is given, by the name that sentences have for it; null where it may be left out and is.
+struct NamedTensor {
+  NamedTensor(const char* name_, const Tensor& tensor_) : name(name_), tensor(&tensor_) {}
+  NamedTensor(const char* name_, const OptionalTensor& tensor_)
+      : name(name_), tensor(tensor_.has_value() ? &*tensor_ : nullptr) {}
+  const char* name;
+  const Tensor* tensor;
+};
 
 // Shape as given (-1: any size), on the library's device, last dimension dense.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -58,16 +71,16 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
           "; call .contiguous() first");
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected, const char* words) {
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected,
+                        const char* words) {
   require(tensor.scalar_type() == expected, op, ": ", name, ": expected dtype ", words, ", got another");
 }
 
 inline Dtype float_dtype(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType found = tensor.scalar_type();
-  if (found == ScalarType::Float) return Dtype::kFloat32;
-  if (found == ScalarType::BFloat16) return Dtype::kBFloat16;
-  require(found == ScalarType::Half, op, ": ", name,
-          ": the fused CPU kernels take float32, bfloat16 and float16, got another dtype");
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Float) return Dtype::kFloat32;
+  if (dtype == ScalarType::BFloat16) return Dtype::kBFloat16;
+  require(dtype == ScalarType::Half, op, ": ", name, ": ", kServedDtypes, ", got another dtype");
   return Dtype::kFloat16;
 }
 
@@ -78,7 +91,7 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& ten
 }
 
 // An int64 [B] tensor, or none. Returns its data; values are checked by the caller.
-inline const int64_t* int64_data(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t batch) {
+inline const int64_t* int64_data(const char* op, const char* name, const OptionalTensor& tensor, int64_t batch) {
   if (!tensor.has_value()) return nullptr;
   check_dtype(op, name, *tensor, ScalarType::Long, "int64");
   check_tensor(op, name, *tensor, {batch});
@@ -89,6 +102,8 @@ inline HeadsView heads_view(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-inline RowsView rows_view(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+inline RowsView rows_view(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
 
 }  // namespace xeco

@@ -81,8 +81,8 @@ def main() -> int:
     for target in targets:
         if target not in NVIDIA + AMD:
             parser.error(f"{target}: expected one of {', '.join(NVIDIA + AMD)}")
-    sources = [file for file in sorted((ROOT / "csrc").glob("*/*.cu")) if file.name != "launch.cu"]
-    launchers = sorted((ROOT / "csrc").glob("*/launch.cu"))
+    sources = sorted((ROOT / "csrc").glob("*/gpu/instantiate/*.cu"))
+    launchers = sorted((ROOT / "csrc").glob("*/gpu/launch.cu"))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = {
             pool.submit(_check_kernels, source, target, Path(folder)): (source, target)
@@ -106,7 +106,7 @@ def _all_targets(quick: bool, without: list[str]) -> list[str]:
 
 
 def _left_out_of_quick(source: Path, target: str) -> bool:
-    if source.name == "device.cu":
+    if source.name == "every_dtype.cu":
         return target not in (NVIDIA[0], AMD[0])
     return QUICK.get(target, "_bfloat16") not in source.stem
 
@@ -126,40 +126,44 @@ def _report(job: concurrent.futures.Future[list[Kernel]], source: Path, target: 
 
 
 def _check_kernels(source: Path, target: str, folder: Path) -> list[Kernel]:
-    made = folder / f"{source.parent.name}_{source.stem}_{target}.o"
-    return _check_amd(source, target, made) if target in AMD else _check_nvidia(source, target, made)
+    binary = _binary(source, target, folder)
+    return _check_amd(source, target, binary) if target in AMD else _check_nvidia(source, target, binary)
 
 
-def _check_nvidia(source: Path, target: str, made: Path) -> list[Kernel]:
+def _binary(source: Path, target: str, folder: Path) -> Path:
+    return folder / f"{'_'.join(source.relative_to(ROOT / 'csrc').with_suffix('').parts)}_{target}.o"
+
+
+def _check_nvidia(source: Path, target: str, binary: Path) -> list[Kernel]:
     arch = f"-gencode=arch={target.replace('sm_', 'compute_')},code={target}"
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", arch, *_includes()]
-    log = _run([_nvcc(), *flags, "-c", str(source), "-o", str(made)]).stderr
-    found = {}
+    log = _run([_nvcc(), *flags, "-c", str(source), "-o", str(binary)]).stderr
+    kernels = {}
     for block in log.split("Compiling entry function ")[1:]:
         name = re.search(r"'(\w+)'", block)
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
         registers = re.search(r"Used (\d+) registers", block)
         assert name and stack and registers, f"unexpected words of ptxas: {block}"
-        found[name[1]] = Kernel(
+        kernels[name[1]] = Kernel(
             name=name[1], registers=int(registers[1]), spilled_bytes=sum(int(part) for part in stack.groups())
         )
-    assert found, f"{source}: ptxas reports no kernel"
-    code = dict(_sass_functions(made))
-    return [_with_missing(kernel, code[name], NVIDIA_INSTRUCTIONS) for name, kernel in found.items()]
+    assert kernels, f"{source}: ptxas reports no kernel"
+    code = dict(_sass_functions(binary))
+    return [_with_missing(kernel, code[name], NVIDIA_INSTRUCTIONS) for name, kernel in kernels.items()]
 
 
-def _sass_functions(made: Path) -> Iterator[tuple[str, str]]:
-    text = _run([_tool("cuobjdump"), "--dump-sass", str(made)]).stdout
+def _sass_functions(binary: Path) -> Iterator[tuple[str, str]]:
+    text = _run([_tool("cuobjdump"), "--dump-sass", str(binary)]).stdout
     for block in text.split("Function : ")[1:]:
         name, _, code = block.partition("\n")
         yield name.strip(), code
 
 
-def _check_amd(source: Path, target: str, made: Path) -> list[Kernel]:
+def _check_amd(source: Path, target: str, binary: Path) -> list[Kernel]:
     flags = f"-x hip --offload-arch={target} --cuda-device-only --no-gpu-bundle-output -nogpulib -nogpuinc".split()
     flags += ["-std=c++17", "-O3", "-Rpass-analysis=kernel-resource-usage", *_includes()]
-    log = _run(["clang++-19", *flags, "-c", str(source), "-o", str(made)]).stderr
-    code = dict(_amd_functions(made))
+    log = _run(["clang++-19", *flags, "-c", str(source), "-o", str(binary)]).stderr
+    code = dict(_amd_functions(binary))
     kernels = []
     for block in log.split("Function Name: ")[1:]:
         name = block.split()[0]
@@ -173,14 +177,14 @@ def _check_amd(source: Path, target: str, made: Path) -> list[Kernel]:
             spilled_bytes=number["ScratchSize"] + 4 * vectors,
             spilled_scalars=scalars,
         )
-        wanted = AMD_INSTRUCTIONS[target]["BFloat16" not in name]
-        kernels.append(_with_missing(kernel, code[name], {wanted: wanted}))
+        instruction = AMD_INSTRUCTIONS[target]["BFloat16" not in name]
+        kernels.append(_with_missing(kernel, code[name], {instruction: instruction}))
     assert kernels, f"{source}: clang reports no kernel"
     return kernels
 
 
-def _amd_functions(made: Path) -> Iterator[tuple[str, str]]:
-    text = _run([_llvm("llvm-objdump"), "-d", str(made)]).stdout
+def _amd_functions(binary: Path) -> Iterator[tuple[str, str]]:
+    text = _run([_llvm("llvm-objdump"), "-d", str(binary)]).stdout
     for block in re.split(r"\n[0-9a-f]+ <", text)[1:]:
         name, _, code = block.partition(">:")
         yield name, code
@@ -200,8 +204,7 @@ def _check_launcher(source: Path, folder: Path) -> list[Kernel]:
     macros = ["-DXECO_DEVICE_LIBRARY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags = ["-std=c++17", "-O1", "-gencode=arch=compute_80,code=sm_80", *macros, *_includes()]
     includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
-    made = folder / f"{source.parent.name}_launch.o"
-    _run([_nvcc(), *flags, *includes, "-c", str(source), "-o", str(made)])
+    _run([_nvcc(), *flags, *includes, "-c", str(source), "-o", str(_binary(source, "host", folder))])
     return []
 
 
@@ -211,10 +214,10 @@ def _includes() -> list[str]:
 
 def _known_to_nvcc(targets: tuple[str, ...]) -> list[str]:
     known = _run([_nvcc(), "--list-gpu-arch"]).stdout.split()
-    found = [target for target in targets if target.rstrip("a").replace("sm_", "compute_") in known]
-    for target in sorted(set(targets) - set(found)):
+    supported = [target for target in targets if target.rstrip("a").replace("sm_", "compute_") in known]
+    for target in sorted(set(targets) - set(supported)):
         print(f"check-device: {target} is unknown to this nvcc: left out")
-    return found
+    return supported
 
 
 def _nvcc() -> str:

@@ -13,8 +13,13 @@ import zipfile
 from pathlib import Path
 
 # what setup.py compiles into xeco_convert._device, and a file of each op that has a kernel there
-DEVICE_SOURCES = ("csrc/device/module.cc", "csrc/device/queue.h", "csrc/latent_attention/launch.cu")
-DEVICE_SOURCES += ("csrc/rope_and_append/launch.cu", "csrc/include/xeco/gpu_compat.h")
+DEVICE_SOURCES = (
+    "csrc/device/module.cc",
+    "csrc/device/stream.h",
+    "csrc/include/xeco/gpu_compat.h",
+    "csrc/latent_attention/gpu/launch.cu",
+    "csrc/rope_and_append/gpu/launch.cu",
+)
 
 
 def obstacle(file: Path) -> str | None:

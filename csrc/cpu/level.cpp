@@ -1,5 +1,6 @@
 #include "xeco/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,8 +13,6 @@
 
 namespace xeco {
 namespace {
-
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(XECO_X86_KERNELS)
 // The kernel hands out the 8 KiB of tile registers only to processes that ask for them, once.
@@ -33,7 +32,7 @@ bool request_amx() {
 
 CpuLevel detect() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuLevel::kScalar;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuLevel::kBaseline;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return CpuLevel::kAvx2;
@@ -41,21 +40,23 @@ CpuLevel detect() {
   return request_amx() ? CpuLevel::kAmx : CpuLevel::kAvx512Bf16;
 }
 #else
-CpuLevel detect() { return CpuLevel::kScalar; }
+CpuLevel detect() { return CpuLevel::kBaseline; }
 #endif
 
 CpuLevel level_by_name(const std::string& name) {
-  for (int i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<CpuLevel>(i);
-  throw std::invalid_argument("CPU level: expected scalar, avx2, avx512, avx512_bf16 or amx, found '" + name + "'");
+  std::string names;
+  for (int i = 0; i < kNumCpuLevels; ++i) {
+    if (name == kCpuLevelNames[i]) return static_cast<CpuLevel>(i);
+    names += (i == 0 ? "" : i + 1 < kNumCpuLevels ? ", " : " or ") + std::string(kCpuLevelNames[i]);
+  }
+  throw std::invalid_argument("CPU level: expected " + names + ", found '" + name + "'");
 }
 
 // The environment can only lower the level: a machine without an instruction set cannot be told to use it.
 CpuLevel initial_level() {
   const char* cap = std::getenv("XECO_CPU_LEVEL");
   if (cap == nullptr || *cap == '\0') return detected_level();
-  const CpuLevel wanted = level_by_name(cap);
-  return wanted < detected_level() ? wanted : detected_level();
+  return std::min(level_by_name(cap), detected_level());
 }
 
 std::atomic<CpuLevel>& current() {
@@ -65,13 +66,13 @@ std::atomic<CpuLevel>& current() {
 
 }  // namespace
 
-const char* level_name(CpuLevel level) { return kNames[static_cast<int>(level)]; }
+const char* level_name(CpuLevel level) { return kCpuLevelNames[static_cast<int>(level)]; }
 
-std::vector<CpuLevel> compiled_levels() {
+int num_compiled_levels() {
 #if defined(XECO_X86_KERNELS)
-  return {CpuLevel::kScalar, CpuLevel::kAvx2, CpuLevel::kAvx512, CpuLevel::kAvx512Bf16, CpuLevel::kAmx};
+  return kNumCpuLevels;
 #else
-  return {CpuLevel::kScalar};
+  return 1;
 #endif
 }
 
@@ -83,11 +84,11 @@ CpuLevel detected_level() {
 CpuLevel cpu_level() { return current().load(std::memory_order_relaxed); }
 
 void set_cpu_level(const std::string& name) {
-  const CpuLevel wanted = level_by_name(name);
-  if (wanted > detected_level())
+  const CpuLevel level = level_by_name(name);
+  if (level > detected_level())
     throw std::invalid_argument("CPU level: '" + name + "' asked for, but this processor goes up to '" +
                                 level_name(detected_level()) + "'");
-  current().store(wanted, std::memory_order_relaxed);
+  current().store(level, std::memory_order_relaxed);
 }
 
 }  // namespace xeco

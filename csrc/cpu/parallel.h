@@ -1,22 +1,12 @@
-// Work items on torch's threads, each taken by whichever thread is free.
+// How a kernel that is free of torch runs its work on several threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
-
-#include "xeco/params.h"
+#include <cstdint>
 
 namespace xeco {
 
-inline void parallel_items(int64_t count, ItemBody body, void* context) {
-  if (count == 1) return body(0, context);
-  std::atomic<int64_t> next{0};
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker)
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(item, context);
-  });
-}
+// Runs body(item, context) for every item in [0, count), on several threads at once, in any order.
+using ItemBody = void (*)(int64_t item, void* context);
+using ParallelItems = void (*)(int64_t count, ItemBody body, void* context);
 
 }  // namespace xeco

@@ -1,5 +1,5 @@
-// The Python module xeco_convert._device: facts about the device library. Its import registers the GPU kernels of the ops
-// that xeco_convert/ops/ defines; it is imported only where torch has that backend.
+// The Python module xeco_convert._device: facts about the device library. Its import registers the GPU kernels of the
+// ops that xeco_convert/ops/ defines; it is imported only where torch has that backend.
 #include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(_device, m) {

@@ -1,15 +1,13 @@
-// What every backend of latent attention checks before it runs, without reading data: shapes, dtypes, settings. One sentence each.
+// What every backend of latent attention checks before it runs, without reading data: shapes, dtypes, settings. One
+// sentence each.
 #pragma once
 
 #include <limits>
 
+#include "latent_attention/params.h"
 #include "tensor_checks.h"
 
 namespace xeco {
-
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaxRank = 512, kMaxRope = 128;
 
 struct Inputs {
   const Tensor &q_latent, &q_rope, &c_kv, &k_rope;
@@ -69,14 +67,15 @@ inline void set_pages(const char* op, AttentionShape& shape, const Inputs& in, c
 }
 
 inline void check_saved(const char* op, const AttentionShape& shape, const Tensor& q_latent, const Tensor& d_out,
-                 const OptionalTensor& d_lse, const Tensor& out, const Tensor& lse) {
+                        const OptionalTensor& d_lse, const Tensor& out, const Tensor& lse) {
   check_tensor(op, "d_out", d_out, {shape.batch, shape.num_queries, shape.num_heads, shape.rank});
   check_tensor(op, "out", out, {shape.batch, shape.num_queries, shape.num_heads, shape.rank});
   check_tensor(op, "lse", lse, {shape.batch, shape.num_heads, shape.num_queries});
   check_same_dtype(op, "d_out", d_out, "q_latent", q_latent);
   check_same_dtype(op, "out", out, "q_latent", q_latent);
   check_dtype(op, "lse", lse, ScalarType::Float, "float32");
-  require(out.is_contiguous() && lse.is_contiguous(), op, ": out and lse: expected them contiguous, as the forward op made them");
+  require(out.is_contiguous() && lse.is_contiguous(), op,
+          ": out and lse: expected them contiguous, as the forward op made them");
   if (!d_lse.has_value()) return;
   check_tensor(op, "d_lse", *d_lse, {shape.batch, shape.num_heads, shape.num_queries});
   check_dtype(op, "d_lse", *d_lse, ScalarType::Float, "float32");

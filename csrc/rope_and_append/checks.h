@@ -1,11 +1,11 @@
 // What every backend of rope_and_append checks before it runs, without reading data.
 #pragma once
 
+#include "rope_and_append/params.h"
 #include "tensor_checks.h"
 
 namespace xeco {
 
-using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kAppendOp = "rope_and_append";
 
 struct AppendInputs {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from filelock import FileLock
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))  # operands.py: inputs and the rule of errors
 
-from emulated import LANES, Emulated, build
+from emulated import LANES, Emulated, build, compiler_of_host
 from real import Real
 
 # The shared memory of the smallest machine that the first tiles are meant for: sm_80, CDNA.
@@ -60,7 +59,7 @@ def emulated(library: ctypes.CDLL) -> Emulated:
 
 
 def load(machine: str, folder: Path, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
-    if shutil.which("c++") is None:
+    if compiler_of_host() is None:
         pytest.skip("no C++ compiler")
     if machine not in libraries:
         with FileLock(folder / f"{machine}.lock"):

@@ -2,10 +2,9 @@
 #include <cstdio>
 #include <exception>
 
-#include "latent_attention/device_kernels.h"
-#include "latent_attention/tiles.cuh"
-#include "rope_and_append/device_kernels.h"
-#include "xeco/gpu_compat.h"
+#include "latent_attention/gpu/heuristics.cuh"
+#include "latent_attention/gpu/kernels.h"
+#include "rope_and_append/gpu/kernels.h"
 
 namespace {
 
@@ -27,7 +26,7 @@ struct View {
 };
 
 struct Limits {
-  int64_t max_shared_bytes, shared_bytes_of_unit, max_stages;
+  int64_t max_shared_bytes, shared_bytes_per_sm, max_stages;
 };
 
 AttentionShape shape_of(const Shape& from) {
@@ -47,11 +46,11 @@ AttentionShape shape_of(const Shape& from) {
 HeadsView heads(const View& view) { return {view.data, view.strides[0], view.strides[1], view.strides[2]}; }
 RowsView rows(const View& view) { return {view.data, view.strides[0], view.strides[1]}; }
 
-gpu::Queue queue_of(const Limits& limits) {
-  gpu::Queue queue;
-  queue.max_shared_bytes = limits.max_shared_bytes, queue.shared_bytes_of_unit = limits.shared_bytes_of_unit;
-  queue.max_stages = static_cast<int>(limits.max_stages), queue.num_units = 4;
-  return queue;
+gpu::Stream stream_of(const Limits& limits) {
+  gpu::Stream stream;
+  stream.max_shared_bytes = limits.max_shared_bytes, stream.shared_bytes_per_sm = limits.shared_bytes_per_sm;
+  stream.max_stages = static_cast<int>(limits.max_stages), stream.num_sms = 4;
+  return stream;
 }
 
 // 0, or 1 where a thread stopped the kernel or the launch was refused.
@@ -80,7 +79,7 @@ int64_t emulated_barriers(int64_t launch) { return gpu::machine::num_barriers(st
 
 // Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage.
 int64_t stages_of_block(int64_t fixed, int64_t each, const Limits* limits) {
-  return gpu::stages_that_fit(queue_of(*limits), [&](int stages) { return fixed + stages * each; });
+  return gpu::stages_that_fit(stream_of(*limits), [&](int stages) { return fixed + stages * each; });
 }
 
 int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rope, const View* c_kv, const View* k_rope,
@@ -92,41 +91,43 @@ int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rop
   params.c_kv = rows(*c_kv), params.k_rope = rows(*k_rope);
   params.out = out, params.lse = lse, params.num_splits = num_splits;
   const gpu::Parts parts{part_sums, part_states};
-  return guarded([&] {
-    (shape->float16 ? gpu::forward_float16 : gpu::forward_bfloat16)(params, parts, queue_of(*limits));
-  });
+  return guarded(
+      [&] { (shape->float16 ? gpu::forward_float16 : gpu::forward_bfloat16)(params, parts, stream_of(*limits)); });
 }
 
-int emulated_backward(const Shape* shape, const View* d_out, const float* d_lse, const View* q_latent, const View* q_rope,
-                      const View* c_kv, const View* k_rope, const void* out, const float* lse, float* delta,
-                      int64_t num_groups, float* sums, void* d_q_latent, void* d_q_rope, void* d_c_kv, void* d_k_rope,
-                      const Limits* limits) {
+int emulated_backward(const Shape* shape, const View* d_out, const float* d_lse, const View* q_latent,
+                      const View* q_rope, const View* c_kv, const View* k_rope, const void* out, const float* lse,
+                      float* delta, int64_t num_groups, float* sums, void* d_q_latent, void* d_q_rope, void* d_c_kv,
+                      void* d_k_rope, const Limits* limits) {
   BackwardParams params;
   params.shape = shape_of(*shape);
   params.q_latent = heads(*q_latent), params.q_rope = heads(*q_rope), params.d_out = heads(*d_out);
   params.c_kv = rows(*c_kv), params.k_rope = rows(*k_rope);
-  params.lse = lse, params.d_q_latent = d_q_latent, params.d_q_rope = d_q_rope;
+  params.lse = lse, params.delta = delta, params.d_q_latent = d_q_latent, params.d_q_rope = d_q_rope;
   params.d_rows = sums, params.num_groups = num_groups;
-  const gpu::SavedForward saved{out, d_lse, delta};
-  const gpu::TokenGradients to{d_c_kv, d_k_rope};
+  const SavedForward saved{out, d_lse, delta};
+  const TokenGradients to{d_c_kv, d_k_rope};
   return guarded([&] {
-    (shape->float16 ? gpu::backward_float16 : gpu::backward_bfloat16)(params, saved, to, queue_of(*limits));
+    (shape->float16 ? gpu::backward_float16 : gpu::backward_bfloat16)(params, saved, to, stream_of(*limits));
   });
 }
 
-int emulated_append(int64_t dtype, int64_t wide_angles, const int64_t* sizes, const View* views, const int64_t* positions,
-                    const int32_t* block_table, const int64_t* pages, const Limits* limits) {
+int emulated_append(int64_t dtype, int64_t wide_angles, const int64_t* sizes, const View* views,
+                    const int64_t* positions, const int32_t* block_table, const int64_t* pages, const Limits* limits) {
   AppendParams params;
   params.batch = sizes[0], params.num_queries = sizes[1], params.rank = sizes[2], params.rope = sizes[3];
-  params.c_kv = rows(views[0]), params.k_rope = rows(views[1]), params.cos = rows(views[2]), params.sin = rows(views[3]);
+  params.c_kv = rows(views[0]), params.k_rope = rows(views[1]), params.cos = rows(views[2]),
+  params.sin = rows(views[3]);
   params.c_kv_cache = rows(views[4]), params.k_rope_cache = rows(views[5]);
   params.positions = positions, params.block_table = block_table;
-  params.block_table_stride = pages[0], params.page_size = pages[1], params.capacity = pages[2], params.num_pages = pages[3];
-  return guarded([&] { gpu::rope_and_append(params, static_cast<Dtype>(dtype), wide_angles != 0, queue_of(*limits)); });
+  params.block_table_stride = pages[0], params.page_size = pages[1], params.capacity = pages[2],
+  params.num_pages = pages[3];
+  return guarded(
+      [&] { gpu::rope_and_append(params, static_cast<Dtype>(dtype), wide_angles != 0, stream_of(*limits)); });
 }
 
-// Tests of the layouts by themselves: C [16, 16] = A [16, 16] · Bᵀ, then C as an operand times another; a and b [16, 16] of
-// bfloat16, `transposed` says that b lies as [k][column].
+// Tests of the layouts by themselves: C [16, 16] = A [16, 16] · Bᵀ, then C as an operand times another; a and b [16,
+// 16] of bfloat16, `transposed` says that b lies as [k][column].
 
 int emulated_product(const uint16_t* a, const uint16_t* b, int64_t transposed, int64_t again, float* c) {
   using namespace xeco::gpu;
@@ -150,7 +151,8 @@ int emulated_product(const uint16_t* a, const uint16_t* b, int64_t transposed, i
   });
 }
 
-// Where the layout says that element `element` of lane `lane` lies: of an operand {index, k}, of an accumulator {row, column}.
+// Where the layout says that element `element` of lane `lane` lies: of an operand {index, k}, of an accumulator {row,
+// column}.
 void layout_of_operand(int64_t lane, int64_t element, int64_t* at) {
   at[0] = gpu::Layout::operand_index(static_cast<int>(lane), static_cast<int>(element));
   at[1] = gpu::Layout::operand_k(static_cast<int>(lane), static_cast<int>(element));

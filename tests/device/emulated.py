@@ -1,4 +1,4 @@
-"""The device kernels on a host that plays a GPU: the sources of csrc/, every thread a fiber (csrc/include/xeco/gpu/emulation.h).
+"""The device kernels on a host that plays a GPU: the sources of csrc/, every thread a fiber (emulation.h).
 
 Two machines: "mma" has warps of 32 lanes with mma.sync and ldmatrix (CUDA), "mfma" waves of 64 lanes (HIP).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 LANES = {"mma": 32, "mfma": 64}
-_SOURCES = [*sorted((ROOT / "csrc").glob("latent_attention/*ward_*.cu")), ROOT / "csrc/rope_and_append/device.cu"]
-_MACHINE = [Path(__file__).with_name(name) for name in ("machine.cpp", "emulated.cpp")]
+_HERE = Path(__file__).parent
+_SOURCES = [*sorted((ROOT / "csrc").glob("*/gpu/instantiate/*.cu")), _HERE / "machine.cpp", _HERE / "emulated.cpp"]
 
 
 def build(machine: str, folder: Path) -> ctypes.CDLL:
@@ -40,13 +41,25 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
 
 
 def _compile(machine: str, library: Path) -> None:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = f"-std=c++17 -O1 -fPIC -shared -Wall -Wextra -Werror -DXECO_EMULATE_LANES={LANES[machine]}".split()
+    compiler = compiler_of_host()
+    assert compiler is not None
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *emulation_flags(machine)]
     # a misaligned access or an index that does not fit its type ends the program, as a GPU would or should
     flags += ["-fsanitize=alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"]
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    command = [*compiler, *flags, *includes, "-x", "c++", *map(str, [*_SOURCES, *_MACHINE]), "-o", str(library)]
-    subprocess.run(command, check=True)
+    subprocess.run([*compiler, *flags, "-x", "c++", *map(str, _SOURCES), "-o", str(library)], check=True)
+
+
+def compiler_of_host() -> list[str] | None:
+    """The command of the C++ compiler, or None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if shutil.which(command[0]) else None
+
+
+def emulation_flags(machine: str) -> list[str]:
+    """What makes a compiler of the host take device code for one of the machines."""
+    # "#pragma unroll" is for the vendors' compilers
+    macros = ["-Wno-unknown-pragmas", f"-DXECO_EMULATE_LANES={LANES[machine]}", "-DXECO_GPU_MACHINE=<emulation.h>"]
+    return [*macros, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-I{_HERE}"]
 
 
 class _Shape(ctypes.Structure):
@@ -66,7 +79,7 @@ class _View(ctypes.Structure):
 
 
 class _Limits(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("max_shared_bytes", "shared_bytes_of_unit", "max_stages"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("max_shared_bytes", "shared_bytes_per_sm", "max_stages"))
 
 
 class KernelStoppedError(RuntimeError):
@@ -87,7 +100,7 @@ class Emulated:
 
     def __post_init__(self) -> None:
         self._limits.max_shared_bytes = self.max_shared_bytes
-        self._limits.shared_bytes_of_unit = self.max_shared_bytes
+        self._limits.shared_bytes_per_sm = self.max_shared_bytes
         self._limits.max_stages = self.max_stages
 
     def latent_attention(self, *tensors: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:

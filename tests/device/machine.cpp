@@ -1,4 +1,4 @@
-// The machine behind xeco/gpu/emulation.h: blocks one after another, a fiber for every thread.
+// The machine behind emulation.h: blocks one after another, a fiber for every thread.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "xeco/gpu/emulation.h"
+#include "emulation.h"
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and changes stacks: what swapcontext does, less its two system calls.
@@ -56,7 +56,7 @@ struct Fiber {
   int64_t barriers = 0;                 // that it has come to
   const uint64_t* waits_for = nullptr;  // ready when it is no longer `seen`
   uint64_t seen = 0;
-  std::vector<Copy> open;                // copies of the group that is being made
+  std::vector<Copy> open;                 // copies of the group that is being made
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -79,12 +79,12 @@ size_t shared_size = 0;
 int num_threads = 0, current = 0, at_barrier = 0;
 uint64_t barrier_number = 0;
 int64_t current_block = 0;
-bool stopped = false;
+bool trapped = false;
 const std::function<void()>* entry = nullptr;
 std::mt19937 order;  // of warps and of their threads
 uint32_t order_seed = 0;
-int64_t left_out = -1;                // see machine::set_schedule
-std::vector<int64_t> barriers_of;     // each launch since then
+int64_t left_out = -1;             // see machine::set_schedule
+std::vector<int64_t> barriers_of;  // each launch since then
 #if defined(__x86_64__)
 void* scheduler = nullptr;
 #else
@@ -140,7 +140,8 @@ void wait_until_it_changes(const uint64_t& number) {
 }
 
 [[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulated GPU: block %lld, thread %d: %s\n", static_cast<long long>(current_block), current, what);
+  std::fprintf(stderr, "emulated GPU: block %lld, thread %d: %s\n", static_cast<long long>(current_block), current,
+               what);
   std::abort();
 }
 
@@ -163,12 +164,12 @@ bool can_go_on(int warp) {
   return false;
 }
 
-// Lets every thread of a warp that is ready go on to where it waits, from a random one on, forwards or backwards. Returns how
-// many have come to their end.
+// Lets every thread of a warp that is ready go on to where it waits, from a random one on, forwards or backwards.
+// Returns how many have come to their end.
 int advance(int warp) {
   const int first = static_cast<int>(order() % kLanes), step = order() & 1 ? 1 : kLanes - 1;
   int ended = 0;
-  for (int i = 0; i < kLanes && !stopped; ++i) {
+  for (int i = 0; i < kLanes && !trapped; ++i) {
     const int number = warp * kLanes + (first + i * step) % kLanes;
     Fiber& fiber = fibers[static_cast<size_t>(number)];
     if (!is_ready(fiber)) continue;
@@ -186,16 +187,16 @@ void run_block() {
   for (Meeting& warp : warps) warp.arrived = 0;
   for (Fiber& fiber : fibers) start(fiber);
   std::vector<int> ready;
-  for (int left = num_threads; left > 0 && !stopped;) {
+  for (int left = num_threads; left > 0 && !trapped;) {
     ready.clear();
     for (int warp = 0; warp < num_threads / kLanes; ++warp)
       if (can_go_on(warp)) ready.push_back(warp);
     if (ready.empty()) fail("every thread waits for others: some are at another barrier, or have returned");
-    // One warp at random, alone: for a few instructions, or up to where it waits for the others. It so gets as far ahead of
-    // them, or stays as far behind, as barriers allow.
+    // One warp at random, alone: for a few instructions, or up to where it waits for the others. It so gets as far
+    // ahead of them, or stays as far behind, as barriers allow.
     const int warp = ready[order() % ready.size()];
     const int most = order() & 1 ? 1 + static_cast<int>(order() % 8) : kUntilItWaits;
-    for (int i = 0; i < most && can_go_on(warp) && !stopped; ++i) left -= advance(warp);
+    for (int i = 0; i < most && can_go_on(warp) && !trapped; ++i) left -= advance(warp);
   }
   check_fence();
 }
@@ -204,15 +205,15 @@ void run_block() {
 
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kLanes != 0) fail("the block is no whole number of warps");
-  num_threads = threads, entry = &kernel, stopped = false;
+  num_threads = threads, entry = &kernel, trapped = false;
   order.seed(order_seed);  // a launch goes the same way every time
   barriers_of.push_back(0);
   fibers.resize(static_cast<size_t>(threads));
   warps.resize(static_cast<size_t>(threads / kLanes));
   shared_size = static_cast<size_t>(shared_bytes);
   memory.resize(shared_size + 2 * kFence);
-  for (current_block = 0; current_block < blocks && !stopped; ++current_block) run_block();
-  if (stopped) throw std::runtime_error("a thread stopped the kernel");
+  for (current_block = 0; current_block < blocks && !trapped; ++current_block) run_block();
+  if (trapped) throw std::runtime_error("a thread stopped the kernel");
 }
 
 int thread() { return current; }
@@ -283,11 +284,12 @@ void wait(int pending) {
 }
 
 void too_much_shared_memory(int64_t bytes) {
-  throw std::runtime_error("a launch asks for " + std::to_string(bytes) + " bytes of shared memory: more than a block may have");
+  throw std::runtime_error("a launch asks for " + std::to_string(bytes) +
+                           " bytes of shared memory: more than a block may have");
 }
 
-void stop() {
-  stopped = true;
+void trap() {
+  trapped = true;
   fibers[current].done = true;
   leave();
   std::abort();

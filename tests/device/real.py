@@ -34,13 +34,13 @@ class Real:
     ) -> list[Tensor]:
         """Gradients of q_latent, q_rope, c_kv and k_rope."""
         moved = [None if x is None else on_gpu(x) for x in (d_out, d_lse, *tensors, out, lse)]
-        given = _moved(rule)
-        ranges = [given.get(name) for name in ("starts", "ends", "query_positions")]
+        options = _moved(rule)
+        ranges = [options.get(name) for name in ("starts", "ends", "query_positions")]
         settings = [
-            given["softmax_scale"],
-            given.get("causal", True),
-            given.get("window") or 0,
-            given.get("softcap") or 0.0,
+            options["softmax_scale"],
+            options.get("causal", True),
+            options.get("window") or 0,
+            options.get("softcap") or 0.0,
         ]
         return [x.cpu() for x in torch.ops.xeco.latent_attention_backward(*moved, *ranges, *settings)]
 

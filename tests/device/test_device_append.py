@@ -6,7 +6,7 @@ from emulated import Emulated, KernelStoppedError
 from real import Real
 from torch import Tensor
 
-from xeco_convert.ops.rope_and_append import rope_and_append_reference
+from xeco_convert.ops._rope_and_append import rope_and_append_reference
 
 SIZES = [(2, 3, 24, 8), (1, 1, 128, 32), (3, 5, 7, 2), (2, 0, 16, 16)]  # B, Q, R, P
 
@@ -28,23 +28,23 @@ def test_rows_are_rotated_and_written_where_they_belong(
     gpu: Emulated | Real, sizes: tuple[int, ...], dtype: torch.dtype, wide_angles: bool, shared: bool
 ) -> None:
     rows = operands(sizes, dtype, torch.float32 if wide_angles else dtype, shared=shared)
-    found, expected = ([torch.zeros(sizes[0], 11, width, dtype=dtype) for width in sizes[2:]] for _ in range(2))
+    result, expected = ([torch.zeros(sizes[0], 11, width, dtype=dtype) for width in sizes[2:]] for _ in range(2))
     positions = torch.tensor([4, 0, 6])[: sizes[0]]
-    gpu.rope_and_append(*rows, *found, positions=positions)
+    gpu.rope_and_append(*rows, *result, positions=positions)
     rope_and_append_reference(*rows, *expected, None, positions)
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(result[0], expected[0])
     # one rounding of a sum of two products: fused multiply-add may move it by one place
-    torch.testing.assert_close(found[1], expected[1], rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(result[1], expected[1], rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
 def test_pages_are_found_by_the_table(gpu: Emulated | Real) -> None:
     sizes = (2, 5, 24, 8)
     rows = operands(sizes, torch.bfloat16, torch.float32, shared=False)
-    found, expected = ([torch.zeros(6, 4, width, dtype=torch.bfloat16) for width in sizes[2:]] for _ in range(2))
+    result, expected = ([torch.zeros(6, 4, width, dtype=torch.bfloat16) for width in sizes[2:]] for _ in range(2))
     table, positions = torch.tensor([[5, 0, 3], [-1, 2, 1]], dtype=torch.int32), torch.tensor([2, 7])
-    gpu.rope_and_append(*rows, *found, positions=positions, block_table=table)
+    gpu.rope_and_append(*rows, *result, positions=positions, block_table=table)
     rope_and_append_reference(*rows, *expected, table, positions)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
         assert torch.equal(one == 0, other == 0)
 

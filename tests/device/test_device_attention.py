@@ -12,7 +12,7 @@ from real import Real
 from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
-from xeco_convert.ops.latent_attention import latent_attention
+from xeco_convert.ops import latent_attention
 
 # 0 and 1 tokens, tiles that are not full, every tile of the tables (rows up to 16, 32 and more; R up to 64, 128, 256, 512)
 SIZES = [
@@ -42,10 +42,10 @@ def exact_of(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any]) -> tuple
 
 def assert_forward(gpu: Machine, sizes: Sizes, dtype: torch.dtype, rule: dict[str, Any]) -> None:
     tensors = inputs(sizes, dtype)
-    found = gpu.latent_attention(*tensors, softmax_scale=sizes.softmax_scale, **rule)
+    result = gpu.latent_attention(*tensors, softmax_scale=sizes.softmax_scale, **rule)
     exact = exact_of(tensors, sizes, rule)
-    assert torch.equal(found[1] == -torch.inf, exact[1] == -torch.inf)
-    assert_rounded_as_predicted([found[0], finite(found[1])], predicted(tensors, sizes, rule))
+    assert torch.equal(result[1] == -torch.inf, exact[1] == -torch.inf)
+    assert_rounded_as_predicted([result[0], finite(result[1])], predicted(tensors, sizes, rule))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,8 +78,8 @@ def test_any_number_of_stages_gives_the_result(gpu: Machine, stages: int) -> Non
 )
 def test_stages_fill_what_a_second_block_cannot_use(emulated: Emulated, fixed: int, each: int, expected: int) -> None:
     """In KB, of 163 KB. Copies through registers (MFMA) have one stage."""
-    found = emulated.stages_of_block(fixed * 1024, each * 1024)
-    assert found == (expected if emulated.library.emulated_lanes() == 32 else 1)
+    result = emulated.stages_of_block(fixed * 1024, each * 1024)
+    assert result == (expected if emulated.library.emulated_lanes() == 32 else 1)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(3, 40, 24, 512, 64, 1), Sizes(7, 40, 10, 256, 64, 1)])
@@ -97,9 +97,9 @@ def test_views_into_one_buffer_are_read_in_place(gpu: Machine, width: int) -> No
     buffer = torch.full((2, 70, width + 1 if width == 40 else width), torch.nan, dtype=torch.bfloat16)
     buffer[..., :24], buffer[..., 24:32] = tensors[2], tensors[3]
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:2]]
-    found = gpu.latent_attention(*strided, buffer[..., :24], buffer[..., 24:32], softmax_scale=sizes.softmax_scale)
+    result = gpu.latent_attention(*strided, buffer[..., :24], buffer[..., 24:32], softmax_scale=sizes.softmax_scale)
     expected = gpu.latent_attention(*tensors, softmax_scale=sizes.softmax_scale)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(result, expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -124,8 +124,8 @@ def test_rows_that_no_query_sees_are_not_read(
 ) -> None:
     clean, scale = inputs(COMMON, torch.bfloat16), COMMON.softmax_scale
     dirty = poisoned(inputs(COMMON, torch.bfloat16), first, last)
-    found, expected = (gpu.latent_attention(*x, softmax_scale=scale, **rule) for x in (dirty, clean))
-    for one, other in zip(found, expected, strict=True):
+    result, expected = (gpu.latent_attention(*x, softmax_scale=scale, **rule) for x in (dirty, clean))
+    for one, other in zip(result, expected, strict=True):
         assert torch.equal(one, other)
     results = [
         gpu.latent_attention_backward(clean[0], None, x, *expected, softmax_scale=scale, **rule) for x in (dirty, clean)
@@ -169,12 +169,12 @@ DECODE: dict[str, dict[str, Any]] = {
 def test_decode_follows_lengths_in_any_number_of_splits(gpu: Machine, options: str, num_splits: int) -> None:
     sizes = COMMON
     tensors, rule = inputs(sizes, torch.bfloat16), decode_rule(DECODE[options], sizes.Q)
-    found = gpu.latent_attention_decode(
+    result = gpu.latent_attention_decode(
         *tensors, softmax_scale=sizes.softmax_scale, num_splits=num_splits, **DECODE[options]
     )
     exact = exact_of(tensors, sizes, rule)
-    assert torch.equal(found[1] == -torch.inf, exact[1] == -torch.inf)
-    assert_rounded_as_predicted([found[0], finite(found[1])], predicted(tensors, sizes, rule))
+    assert torch.equal(result[1] == -torch.inf, exact[1] == -torch.inf)
+    assert_rounded_as_predicted([result[0], finite(result[1])], predicted(tensors, sizes, rule))
 
 
 def paged(rows: list[Tensor], lengths: Tensor, page_size: int) -> tuple[list[Tensor], Tensor]:
@@ -201,8 +201,8 @@ def test_a_paged_cache_gives_what_a_contiguous_one_gives(gpu: Machine, page_size
         pages, table = paged(rows, lengths, page_size)
         options: dict[str, Any] = {"softmax_scale": sizes.softmax_scale, "lengths": lengths, "num_splits": num_splits}
         expected = gpu.latent_attention_decode(q_latent, q_rope, *rows, **options)
-        found = gpu.latent_attention_decode(q_latent, q_rope, *pages, block_table=table, **options)
-        for one, other in zip(found, expected, strict=True):
+        result = gpu.latent_attention_decode(q_latent, q_rope, *pages, block_table=table, **options)
+        for one, other in zip(result, expected, strict=True):
             assert torch.equal(one, other)
 
 
@@ -232,8 +232,8 @@ def assert_backward(gpu: Machine, sizes: Sizes, dtype: torch.dtype, rule: dict[s
     d_lse = torch.randn(sizes.B, sizes.H, sizes.Q, generator=generator)
     options = {"softmax_scale": sizes.softmax_scale, **rule}
     out, lse = gpu.latent_attention(*tensors, **options)
-    found = gpu.latent_attention_backward(d_out, d_lse, tensors, out, lse, **options)
-    assert_rounded_as_predicted(found, predicted(tensors, sizes, rule, d_out, d_lse)[2:])
+    result = gpu.latent_attention_backward(d_out, d_lse, tensors, out, lse, **options)
+    assert_rounded_as_predicted(result, predicted(tensors, sizes, rule, d_out, d_lse)[2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

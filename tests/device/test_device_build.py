@@ -71,13 +71,13 @@ def test_what_is_missing_is_said(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "found"), [("release 12.4, V12.4.1", "is of CUDA 12.4"), ("", "does not run")])
+@pytest.mark.parametrize(("words", "complaint"), [("release 12.4, V12.4.1", "is of CUDA 12.4"), ("", "does not run")])
 def test_an_nvcc_that_does_not_fit_torch_is_refused(
-    build: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch, words: str, found: str
+    build: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch, words: str, complaint: str
 ) -> None:
     toolkit.write_text(f"#!/bin/sh\necho {words}\n" if words else "#!/bin/sh\nexit 1\n", encoding="utf-8")
     monkeypatch.setenv("XECO_BUILD_DEVICE", "1")
-    with pytest.raises(SystemExit, match=rf"torch is of CUDA 13\.0, and nvcc of CUDA_HOME .* {found}"):
+    with pytest.raises(SystemExit, match=rf"torch is of CUDA 13\.0, and nvcc of CUDA_HOME .* {complaint}"):
         build["device_wanted"]()
 
 
@@ -100,28 +100,28 @@ def command(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, built: list[
             built.append(module.name)
 
     monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", build_extensions)
-    step = build["build_in_two_steps"]()
-    made = step.__new__(step)
-    made.compiler = types.SimpleNamespace()
+    build_class = build["build_in_two_steps"]()
+    step = build_class.__new__(build_class)
+    step.compiler = types.SimpleNamespace()
     names = ("xeco_convert._device", "xeco_convert._C")
-    made.extensions = [setuptools.Extension(name, []) for name in names]
-    return made
+    step.extensions = [setuptools.Extension(name, []) for name in names]
+    return step
 
 
 def test_both_modules_are_built_the_cpus_first(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    made = command(build, monkeypatch, built, fails="")
-    made.build_extensions()
-    assert built == ["xeco_convert._C", "xeco_convert._device"] == [module.name for module in made.extensions]
+    step = command(build, monkeypatch, built, fails="")
+    step.build_extensions()
+    assert built == ["xeco_convert._C", "xeco_convert._device"] == [module.name for module in step.extensions]
 
 
 def test_a_failure_of_the_gpu_kernels_leaves_the_cpus(
     build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built: list[str] = []
-    made = command(build, monkeypatch, built, fails="xeco_convert._device")
-    made.build_extensions()
-    assert built == ["xeco_convert._C"] == [module.name for module in made.extensions]
+    step = command(build, monkeypatch, built, fails="xeco_convert._device")
+    step.build_extensions()
+    assert built == ["xeco_convert._C"] == [module.name for module in step.extensions]
     assert "built without the GPU kernels, since that failed: Error compiling" in capsys.readouterr().out
 
 
@@ -131,6 +131,6 @@ def test_a_failure_of_what_was_asked_for_is_one(
 ) -> None:
     if fails == "xeco_convert._device":
         monkeypatch.setenv("XECO_BUILD_DEVICE", "1")
-    made = command(build, monkeypatch, [], fails)
+    step = command(build, monkeypatch, [], fails)
     with pytest.raises(RuntimeError, match="Error compiling"):
-        made.build_extensions()
+        step.build_extensions()

@@ -36,7 +36,7 @@ ROWS = {"sequences": (FAR, 24, 1), "tokens": (24, 2**25 + 8, 1), "tokens, in odd
 def assert_same(emulated: Emulated, near: list[Tensor], far: list[Tensor]) -> None:
     scale, d_out = SIZES.softmax_scale, near[0] * 0.5
     expected = emulated.latent_attention(*near, softmax_scale=scale)
-    found = emulated.latent_attention(*far, softmax_scale=scale)
+    result = emulated.latent_attention(*far, softmax_scale=scale)
     gradients = [
         emulated.latent_attention_backward(
             d_out.clone() if place is near else spread(d_out, far[0].stride()),
@@ -47,7 +47,7 @@ def assert_same(emulated: Emulated, near: list[Tensor], far: list[Tensor]) -> No
         )
         for place in (near, far)
     ]
-    for one, other in zip([*found, *gradients[1]], [*expected, *gradients[0]], strict=True):
+    for one, other in zip([*result, *gradients[1]], [*expected, *gradients[0]], strict=True):
         assert torch.equal(one, other)
 
 
@@ -70,8 +70,8 @@ def test_pages_may_lie_far_apart(emulated: Emulated) -> None:
     table = torch.arange(14, dtype=torch.int32).flip(0).view(2, 7)
     options = {"softmax_scale": 0.2, "lengths": torch.tensor([70, 61]), "block_table": table, "num_splits": 2}
     expected = emulated.latent_attention_decode(q_latent, q_rope, *pages, **options)
-    found = emulated.latent_attention_decode(q_latent, q_rope, *far, **options)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    result = emulated.latent_attention_decode(q_latent, q_rope, *far, **options)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
 @pytest.mark.parametrize("strides", [(FAR, 24, 1), (24, 2**29 + 8, 1)])

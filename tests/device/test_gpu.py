@@ -55,10 +55,10 @@ def test_the_public_function_and_its_gradients_are_right_in_every_dtype(dtype: t
 def test_every_width_decodes_and_attends(dtype: torch.dtype, rank: int, rope: int) -> None:
     for sizes in (Sizes(1, 3000, 32, rank, rope), Sizes(200, 300, 4, rank, rope)):
         tensors = on_device(sizes, dtype)
-        found = (latent_attention_decode if sizes.Q == 1 else latent_attention)(
+        result = (latent_attention_decode if sizes.Q == 1 else latent_attention)(
             *tensors, softmax_scale=sizes.softmax_scale
         )
-        assert_rounded_as_predicted(found, predicted(tensors, sizes, {}))
+        assert_rounded_as_predicted(result, predicted(tensors, sizes, {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,8 +71,8 @@ def test_every_width_has_its_gradients(dtype: torch.dtype, rank: int, rope: int)
     results = latent_attention(*leaves, softmax_scale=sizes.softmax_scale)
     generator = torch.Generator("cuda").manual_seed(1)
     factors = [torch.randn(x.shape, generator=generator, device="cuda").to(x.dtype) for x in results]
-    found = torch.autograd.grad(results, leaves, factors)
-    assert_rounded_as_predicted(found, predicted(tensors, sizes, {}, *factors)[2:])
+    result = torch.autograd.grad(results, leaves, factors)
+    assert_rounded_as_predicted(result, predicted(tensors, sizes, {}, *factors)[2:])
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_the_ops_pass_opcheck_and_compile_whole() -> None:
     rule = (None, None, None, COMMON.softmax_scale, True, 0, 0.0)
     torch.library.opcheck(torch.ops.xeco.latent_attention, (*tensors, *rule), rtol=0.05, atol=0.05)
 
-    def attend(*given: Tensor) -> Tensor:
-        return latent_attention(*given, softmax_scale=COMMON.softmax_scale)[0]
+    def attend(*operands: Tensor) -> Tensor:
+        return latent_attention(*operands, softmax_scale=COMMON.softmax_scale)[0]
 
     torch.testing.assert_close(torch.compile(attend, fullgraph=True)(*tensors), attend(*tensors))
 
@@ -166,6 +166,6 @@ def test_a_stream_that_is_not_the_default_is_used() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        found = latent_attention(*tensors, softmax_scale=COMMON.softmax_scale)[0]
+        result = latent_attention(*tensors, softmax_scale=COMMON.softmax_scale)[0]
     side.synchronize()
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)

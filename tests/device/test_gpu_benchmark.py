@@ -52,12 +52,12 @@ def test_work_and_bytes_are_counted_from_the_sizes() -> None:
 class StillClock:
     """Runs once and says that it took a millisecond for each time it was asked."""
 
-    asked = 0
+    calls = 0
 
     def seconds(self, run) -> float:
         run()
-        self.asked += 1
-        return self.asked / 1000
+        self.calls += 1
+        return self.calls / 1000
 
 
 CEILINGS = {"copy_gb_per_second": 1.0, "bf16_tflop_per_second": 1.0}
@@ -117,14 +117,14 @@ def test_both_models_are_those_that_a_conversion_reads_and_writes(tmp_path: Path
     write_checkpoint(tmp_path / "source", SHAPE, 2)
     convert(tmp_path / "source", tmp_path / "converted", init="paper", rank=16, rope_dim=8)
     for kind, config in (("source", source_config), ("converted", converted_config)):
-        found, expected = (
+        result, expected = (
             random_model(config(GENERATE, 2), "cpu"),
             AutoModelForCausalLM.from_pretrained(tmp_path / kind),
         )
-        assert type(found) is type(expected) and shapes_of(found) == shapes_of(expected)
-        assert found.dtype == torch.bfloat16
+        assert type(result) is type(expected) and shapes_of(result) == shapes_of(expected)
+        assert result.dtype == torch.bfloat16
         if kind == "converted":
-            assert found.config.mla_layers == expected.config.mla_layers
+            assert result.config.mla_layers == expected.config.mla_layers
 
 
 def test_generate_is_compared_from_full_caches(monkeypatch: pytest.MonkeyPatch) -> None:

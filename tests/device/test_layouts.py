@@ -32,10 +32,10 @@ def test_index_functions_are_the_vendors_tables(library: ctypes.CDLL, function: 
     places = set()
     for lane in range(lanes):
         for item in range(256 // lanes):
-            found = (ctypes.c_int64 * 2)()
-            getattr(library, function)(ctypes.c_int64(lane), ctypes.c_int64(item), found)
-            assert tuple(found) == place(lanes, lane, item)
-            places.add(tuple(found))
+            at = (ctypes.c_int64 * 2)()
+            getattr(library, function)(ctypes.c_int64(lane), ctypes.c_int64(item), at)
+            assert tuple(at) == place(lanes, lane, item)
+            places.add(tuple(at))
     assert len(places) == 256  # every element in one lane
 
 
@@ -52,14 +52,14 @@ def product(
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_a_product_of_tiles_is_the_product_of_matrices(library: ctypes.CDLL, transposed: int) -> None:
     left, right = (torch.randint(-8, 9, (16, 16), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    found = product(library, left.bfloat16(), right.bfloat16(), transposed=transposed, again=0)
-    assert torch.equal(found, (left @ (right if transposed else right.T)).float())
+    result = product(library, left.bfloat16(), right.bfloat16(), transposed=transposed, again=0)
+    assert torch.equal(result, (left @ (right if transposed else right.T)).float())
 
 
 def test_a_sum_serves_as_operand_without_an_exchange(library: ctypes.CDLL) -> None:
     left, right = (torch.randint(-1, 2, (16, 16), generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
-    found = product(library, left.bfloat16(), right.bfloat16(), transposed=1, again=1)
-    assert torch.equal(found, ((left @ right) @ right).float())
+    result = product(library, left.bfloat16(), right.bfloat16(), transposed=1, again=1)
+    assert torch.equal(result, ((left @ right) @ right).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -75,7 +75,7 @@ def test_no_barrier_of_the_backward_pass_could_be_left_out(emulated: Emulated, s
         for seed in SEEDS:
             if not any(unnoticed.values()):
                 break
-            found = backward(emulated, sizes, stages, saved, seed=seed, without_barrier=barrier)
-            unnoticed["d_q"] &= same(found[:2], expected[:2])
-            unnoticed["d_rows"] &= same(found[2:], expected[2:])
+            result = backward(emulated, sizes, stages, saved, seed=seed, without_barrier=barrier)
+            unnoticed["d_q"] &= same(result[:2], expected[:2])
+            unnoticed["d_rows"] &= same(result[2:], expected[2:])
         assert not any(unnoticed.values()), f"{barrier} of {of_queries}, {of_tokens}: {unnoticed}"

@@ -19,7 +19,7 @@ import torch
 from operands import Sizes, rms, schema_order
 from torch import Tensor
 
-from xeco_convert.ops.latent_attention import visible_tokens
+from xeco_convert.ops._latent_attention import visible_tokens
 
 # What errors may be over what is predicted: the root mean square of a result, and its worst number.
 # Seen on an AMD EPYC (Zen 5, AVX-512 BF16), over all tests of the ops and all levels: up to 1.09, and 3.3. A level sums in one

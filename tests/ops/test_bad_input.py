@@ -9,11 +9,10 @@ import torch
 from operands import COMMON, inputs, schema_order
 from torch import Tensor
 
-from xeco_convert.ops import latent_attention as attention_module_function
-from xeco_convert.ops import latent_attention_decode, rope_and_append
-from xeco_convert.ops.latent_attention import _backward_kernel, _forward_kernel
-from xeco_convert.ops.latent_attention_decode import _kernel as decode_kernel
-from xeco_convert.ops.rope_and_append import _kernel as append_kernel
+from xeco_convert.ops import latent_attention, latent_attention_decode, rope_and_append
+from xeco_convert.ops._latent_attention import _backward_kernel, _forward_kernel
+from xeco_convert.ops._latent_attention_decode import _kernel as decode_kernel
+from xeco_convert.ops._rope_and_append import _kernel as append_kernel
 
 REFUSED = (ValueError, RuntimeError)
 NAMES = ["q_latent", "q_rope", "c_kv", "k_rope"]
@@ -90,7 +89,7 @@ def calls(tensors: list[Tensor], rule: dict[str, Any]) -> dict[str, Callable[[],
     good = inputs(COMMON)
     out, lse = torch.zeros_like(good[0]), torch.zeros(2, 3, 7)
     return {
-        "public": lambda: attention_module_function(*tensors, softmax_scale=COMMON.softmax_scale, **rule),
+        "public": lambda: latent_attention(*tensors, softmax_scale=COMMON.softmax_scale, **rule),
         "op": lambda: torch.ops.xeco.latent_attention(*tensors, *arguments),
         "plain kernel": lambda: _forward_kernel(*tensors, *arguments),
         "backward op": lambda: torch.ops.xeco.latent_attention_backward(out, None, *tensors, out, lse, *arguments),
@@ -270,5 +269,5 @@ def test_rope_and_append_refuses_what_does_not_fit(case: str, door: str) -> None
 def test_float64_is_refused_by_the_compiled_kernels_alone() -> None:
     """The public function runs it in plain torch."""
     tensors = inputs(COMMON, torch.float64)
-    out, lse = attention_module_function(*tensors, softmax_scale=0.3)
+    out, lse = latent_attention(*tensors, softmax_scale=0.3)
     assert out.dtype == lse.dtype == torch.float64

@@ -9,7 +9,7 @@ from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention
-from xeco_convert.ops.latent_attention import visible_tokens
+from xeco_convert.ops._latent_attention import visible_tokens
 
 pytestmark = pytest.mark.usefixtures("level")
 

@@ -9,7 +9,7 @@ from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention, latent_attention_decode
-from xeco_convert.ops.latent_attention_decode import latent_attention_decode_reference
+from xeco_convert.ops._latent_attention_decode import latent_attention_decode_reference
 
 pytestmark = pytest.mark.usefixtures("level")
 

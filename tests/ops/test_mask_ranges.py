@@ -9,7 +9,7 @@ from operands import RULES
 from torch import Tensor
 
 from xeco_convert.ops import mask_ranges
-from xeco_convert.ops.latent_attention import visible_tokens
+from xeco_convert.ops._latent_attention import visible_tokens
 from xeco_convert.ops.mask_ranges import ranges_of
 
 CAUSAL = {name: rule for name, rule in RULES.items() if rule.get("causal", True) and "softcap" not in rule}

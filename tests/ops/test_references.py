@@ -8,7 +8,7 @@ from operands import Sizes, finite, inputs, schema_order
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention
-from xeco_convert.ops.latent_attention import latent_attention_backward_reference, latent_attention_reference
+from xeco_convert.ops._latent_attention import latent_attention_backward_reference, latent_attention_reference
 
 
 def run(tensors: list[Tensor], sizes: Sizes, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from rounding import MOST, Rounded, assert_rounded_as_predicted, predicted
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention
-from xeco_convert.ops.latent_attention import visible_tokens
+from xeco_convert.ops._latent_attention import visible_tokens
 
 Results = tuple[Tensor, Tensor]
 WIDE = Sizes(3, 19, 2, 448, 32, 1)

@@ -1,4 +1,4 @@
-"""Checks of what the ops are given: one sentence each, naming the op, the argument, what was expected and what was found.
+"""Checks of what the ops are given: one sentence each, naming the op, the argument, what was expected and what it got.
 
 The checks of shapes, dtypes and devices read no data, so they also serve while torch.compile traces; the checks of values
 do, and belong to the kernels.
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_RANK, MAX_ROPE = 512, 128
+from xeco_convert.ops.choice import MAX_RANK, MAX_ROPE
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,10 +67,10 @@ def check_tensor(
 ) -> None:
     """Shape as given (None: any size), last dimension dense, and the dtype and device of `like`."""
     fits = tensor.dim() == len(shape)
-    fits = fits and all(want is None or found == want for want, found in zip(shape, tensor.shape, strict=True))
+    fits = fits and all(size is None or size == actual for size, actual in zip(shape, tensor.shape, strict=True))
     if not fits:
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{op}: {name}: expected {letters} = [{wanted}], got {list(tensor.shape)}")
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name}: expected {letters} = [{sizes}], got {list(tensor.shape)}")
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{op}: {name}: expected a dense last dimension (stride 1), got stride {tensor.stride(-1)}; "
@@ -93,9 +94,9 @@ def check_integers(
     """One int64 per sequence, or an int32 table of pages; on the device of `like`."""
     if tensor is None:
         return
-    wanted = torch.int64 if len(shape) == 1 else torch.int32
-    if tensor.dtype != wanted:
-        raise ValueError(f"{op}: {name}: expected {wanted}, got {tensor.dtype}")
+    dtype = torch.int64 if len(shape) == 1 else torch.int32
+    if tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name}: expected {dtype}, got {tensor.dtype}")
     check_tensor(op, name, tensor, letters, shape)
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name}: expected a tensor on {like.device} as the first one is, got {tensor.device}")

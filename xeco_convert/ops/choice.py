@@ -25,7 +25,7 @@ NAMES = ("reference", "fused", "sdpa")
 # call too few for the kernels than one too many.
 FUSED_SPEED = 2.0
 FUSED_TRAINING_SPEED = 2.0
-MAX_RANK, MAX_ROPE = 512, 128  # of the compiled kernels
+MAX_RANK, MAX_ROPE = 512, 128  # of the compiled kernels, as csrc/latent_attention/params.h has them
 
 
 class AttentionChoiceError(ValueError):
@@ -65,28 +65,28 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(call: AttentionCall, asked: str | None = None) -> Choice:
-    """Decide for one call; `asked` is what XECO_ATTENTION names, or None.
+def choose(call: AttentionCall, override: str | None = None) -> Choice:
+    """Decide for one call; `override` is what XECO_ATTENTION names, or None.
 
     Raises `AttentionChoiceError` where what is asked for cannot compute the call, with the reason.
     """
-    if asked is not None and asked not in NAMES:
-        raise AttentionChoiceError(f"XECO_ATTENTION: expected one of {', '.join(NAMES)}, found '{asked}'")
-    if asked == "fused":
+    if override is not None and override not in NAMES:
+        raise AttentionChoiceError(f"XECO_ATTENTION: expected one of {', '.join(NAMES)}, found '{override}'")
+    if override == "fused":
         obstacle = fused_obstacle(call)
         if obstacle is not None:
             raise AttentionChoiceError(f"XECO_ATTENTION=fused cannot serve this call: {obstacle}")
         return Choice("fused", "XECO_ATTENTION=fused")
-    if asked == "sdpa" and (call.needs_weights or call.soft_capped):
+    if override == "sdpa" and (call.needs_weights or call.soft_capped):
         why = "attention weights are asked for" if call.needs_weights else "it does not bound scores (soft cap)"
         raise AttentionChoiceError(f"XECO_ATTENTION=sdpa cannot serve this call: {why}")
     if call.needs_weights:
         return Choice("reference", "attention weights are asked for, and the others never hold them")
-    if asked == "reference":
+    if override == "reference":
         return Choice("reference", "XECO_ATTENTION=reference")
     if call.weight_obstacle is not None:
         return Choice("expanded", call.weight_obstacle)
-    return _fewest_operations(call, may_fuse=asked is None and fused_obstacle(call) is None)
+    return _fewest_operations(call, may_fuse=override is None and fused_obstacle(call) is None)
 
 
 def fused_obstacle(call: AttentionCall) -> str | None:
@@ -119,17 +119,17 @@ def counted_operations(call: AttentionCall) -> dict[Implementation, float]:
     }
 
 
-def explain(call: AttentionCall, asked: str | None = None) -> str:
+def explain(call: AttentionCall, override: str | None = None) -> str:
     """The choice in a sentence, with the counts behind it; or why what is asked for cannot be."""
     try:
-        choice = choose(call, asked)
+        choice = choose(call, override)
     except AttentionChoiceError as error:
         return str(error)
     counts = ", ".join(f"{name} {count:.3g}" for name, count in counted_operations(call).items())
     words = f"{choice.implementation}: {choice.reason} (operations per head and sequence: {counts}"
     words += f"; fused counts as 1/{_fused_speed(call):g})"
     obstacle = fused_obstacle(call)
-    return words if obstacle is None or asked == "fused" else f"{words}; not fused: {obstacle}"
+    return words if obstacle is None or override == "fused" else f"{words}; not fused: {obstacle}"
 
 
 def _fewest_operations(call: AttentionCall, may_fuse: bool) -> Choice:

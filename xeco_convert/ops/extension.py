@@ -20,7 +20,8 @@ import torch
 from xeco_convert.errors import XecoError
 
 NAME = "xeco_convert._C"
-CPU_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+# as csrc/include/xeco/dispatch.h lists them: needed where the extension is missing, and compared with it by tests/csrc/
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE_NAME = "xeco_convert._device"
 DEVICE_DTYPES = (torch.bfloat16, torch.float16)
@@ -49,9 +50,11 @@ def extension() -> ModuleType | None:
     return _State.module
 
 
-def first_loaded_now() -> bool:
-    """Whether this very call imported the extension: the ops' plain kernels ask, and then call the op once more."""
-    return not _State.tried and extension() is not None
+def first_loaded_for(tensor: torch.Tensor) -> bool:
+    """Whether this very call imported the extension, which it does for tensors that its kernels take: the ops' plain kernels
+    ask, and then call the op once more."""
+    is_served = tensor.device.type == "cpu" and tensor.dtype != torch.float64
+    return is_served and not _State.tried and extension() is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

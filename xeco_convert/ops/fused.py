@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xeco_convert.ops._latent_attention import dense, latent_attention
+from xeco_convert.ops._latent_attention_decode import latent_attention_decode
 from xeco_convert.ops.extension import kernel_obstacle
-from xeco_convert.ops.latent_attention import latent_attention
-from xeco_convert.ops.latent_attention_decode import latent_attention_decode
 from xeco_convert.ops.mask_ranges import Ranges, ranges_of
 
 __all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "unasked_obstacle"]
@@ -39,32 +39,27 @@ def fused_attention(
     ranges: what the mask says, for B sequences or for one that stands for all; None: the queries are the last of T tokens,
     in causal order.
     """
-    tensors = [_dense(tensor.to(dtype)) for tensor in (q_latent, q_rope, c_kv, k_rope)]
-    batch, num_queries = q_latent.shape[:2]
-    if ranges is not None and ranges.starts.shape[0] != batch:
-        starts, ends, positions = (x.expand(batch).contiguous() for x in ranges[:3])
-        ranges = Ranges(starts, ends, positions, ranges.window)
-    if num_queries == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        # One query sees an interval, whatever window made it: starts and lengths say it all.
+    tensors = [dense(tensor.to(dtype)) for tensor in (q_latent, q_rope, c_kv, k_rope)]
+    starts = ends = positions = window = None
+    if ranges is not None:
+        starts, ends, positions = (_for_each(x, q_latent.shape[0]) for x in ranges[:3])
+        window = ranges.window
+    # One query sees an interval, whatever window made it: starts and lengths say it all.
+    if q_latent.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return latent_attention_decode(
-            *tensors,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            starts=None if ranges is None else ranges.starts,
-            lengths=None if ranges is None else ranges.ends,
+            *tensors, softmax_scale=softmax_scale, softcap=softcap, starts=starts, lengths=ends
         )[0]
-    if ranges is None:
-        return latent_attention(*tensors, softmax_scale=softmax_scale, softcap=softcap)[0]
     return latent_attention(
         *tensors,
         softmax_scale=softmax_scale,
         softcap=softcap,
-        starts=ranges.starts,
-        ends=ranges.ends,
-        query_positions=ranges.query_positions,
-        window=ranges.window,
+        starts=starts,
+        ends=ends,
+        query_positions=positions,
+        window=window,
     )[0]
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+def _for_each(values: Tensor, batch: int) -> Tensor:
+    """One value [1] that stands for all sequences, as [B]; others as they are."""
+    return values if values.shape[0] == batch else values.expand(batch).contiguous()

@@ -39,9 +39,9 @@ def ranges_of(mask: Tensor) -> Ranges | None:
     remembered = _seen.get(id(mask))
     if remembered is not None and remembered[0]() is mask and remembered[1] == mask._version:
         return remembered[2]
-    found, key = _find(mask), id(mask)
-    _seen[key] = (weakref.ref(mask, lambda _: _seen.pop(key, None)), mask._version, found)
-    return found
+    ranges, key = _find(mask), id(mask)
+    _seen[key] = (weakref.ref(mask, lambda _: _seen.pop(key, None)), mask._version, ranges)
+    return ranges
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

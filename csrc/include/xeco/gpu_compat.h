@@ -1,7 +1,8 @@
-// The one place that knows which machine device code is compiled for: CUDA, HIP, or a host that plays either of them
-// (XECO_EMULATE_LANES = 32 or 64; tests/device/). Free of torch and of the vendors' headers.
+// The one place that knows which machine device code is compiled for: CUDA, HIP, or the one whose header
+// XECO_GPU_MACHINE names (tests/device/emulation.h: a host that plays either of them). Free of torch and of the
+// vendors' headers.
 //
-// Each of the three offers, in xeco::gpu:
+// Each of them offers, in xeco::gpu:
 //   kLanes                                   threads of a warp, or of a wave
 //   thread_index(), block_index()            one-dimensional
 //   shared_memory()                          the block's dynamic shared memory, 16-byte aligned
@@ -9,26 +10,20 @@
 //   shuffle_xor(value, mask)                 value of the lane whose number differs by mask
 //   kCopiesAreAsynchronous                   whether these run beside other work:
 //   copy_async_16(to, from), commit_copies(), wait_copies(pending)
-//                                            16 bytes from global to shared memory, in groups, the last `pending` left open
+//                                            16 bytes from global to shared memory, in groups, the last `pending` left
+//                                            open
 //   exp2(x), log2(x)                         the processor's own, about 2 ulp
+//   fmax(a, b)                               the larger number; the other one where one is NaN
 //   widen / pack of BFloat16 and Float16     round to nearest even
-//   stop()                                   end the kernel with an error: a value on the device that no host check saw
-// and the matrix instruction that fragments.h builds on: mma.sync and ldmatrix, or, where it defines XECO_MATRIX_IS_MFMA,
-// MFMA.
+//   trap()                                   end the kernel with an error: a value on the device that no host check saw
+// and the matrix instruction that gpu/products.h builds on: mma.sync and ldmatrix, or, where it defines
+// XECO_MATRIX_IS_MFMA, MFMA.
 #pragma once
 
-#include <cstdint>
-
-#if defined(XECO_EMULATE_LANES)
-#include "xeco/gpu/emulation.h"
+#if defined(XECO_GPU_MACHINE)
+#include XECO_GPU_MACHINE
 #elif defined(__HIP__) || defined(__HIPCC__)
 #include "xeco/gpu/amd.h"
 #else
 #include "xeco/gpu/nvidia.h"
-#endif
-
-#if defined(XECO_MATRIX_IS_MFMA)
-#include "xeco/gpu/mfma.h"
-#else
-#include "xeco/gpu/mma.h"
 #endif

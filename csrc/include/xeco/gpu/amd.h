@@ -1,6 +1,8 @@
-// HIP: CDNA 2 and 3 (gfx90a, gfx942), waves of 64 lanes. Builtins of clang alone, so that the same source compiles without
-// ROCm's headers and device library (scripts/check_device.sh does).
+// HIP: CDNA 2 and 3 (gfx90a, gfx942), waves of 64 lanes. Builtins of clang alone, so that the same source compiles
+// without ROCm's headers and device library (scripts/check_device.sh does).
 #pragma once
+
+#include <cstdint>
 
 #if !defined(__global__)
 #define __global__ __attribute__((global))
@@ -13,9 +15,6 @@
 #define XECO_LAYOUT __host__ __device__ constexpr
 #define XECO_KERNEL(threads) __global__ void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 #define XECO_MATRIX_IS_MFMA
-#define XECO_UNROLL _Pragma("unroll")
-#define XECO_UNROLL_BY(count) _Pragma(XECO_WORDS(unroll count))
-#define XECO_WORDS(words) #words
 
 namespace xeco::gpu {
 
@@ -41,7 +40,7 @@ XECO_DEVICE void sync_warp() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
 
-XECO_DEVICE void stop() { __builtin_trap(); }
+XECO_DEVICE void trap() { __builtin_trap(); }
 
 XECO_DEVICE float shuffle_xor(float value, int mask) {
   const int lane = static_cast<int>(__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u)));
@@ -59,13 +58,11 @@ XECO_DEVICE void wait_copies(int) {}
 
 XECO_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 XECO_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
-XECO_DEVICE float largest_of(float a, float b) { return __builtin_fmaxf(a, b); }
+XECO_DEVICE float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
 
 struct BFloat16 {
   using Storage = uint16_t;
-  XECO_DEVICE static float widen(uint16_t bits) {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-  }
+  XECO_DEVICE static float widen(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
   // No instruction before gfx950 rounds to bfloat16.
   XECO_DEVICE static uint32_t round(float x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x);
@@ -94,8 +91,8 @@ XECO_DEVICE void mfma_16_16_16(float (&d)[4], const uint32_t (&a)[2], const uint
     sum = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(__builtin_bit_cast(Short4, left), __builtin_bit_cast(Short4, right),
                                                     sum, 0, 0, 0);
   else
-    sum = __builtin_amdgcn_mfma_f32_16x16x16f16(__builtin_bit_cast(Half4, left), __builtin_bit_cast(Half4, right), sum, 0,
-                                                0, 0);
+    sum = __builtin_amdgcn_mfma_f32_16x16x16f16(__builtin_bit_cast(Half4, left), __builtin_bit_cast(Half4, right), sum,
+                                                0, 0, 0);
   d[0] = sum[0], d[1] = sum[1], d[2] = sum[2], d[3] = sum[3];
 }
 

@@ -5,13 +5,17 @@
 //   multiply(c, a, b):  c[row][column] += Σ_k a[row][k] · b[column][k]
 //   as_operand(c):      the accumulator itself as an operand with index = row, k = column: no lane gives anything away.
 //
-// mma.sync.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"; g = lane / 4, j = lane % 4): register i of A holds row
-// g + 8·(i & 1), k = 8·(i / 2) + 2j and the next; B is the same with two registers for 8 columns, so a 16-column B is A with
-// its registers in another order. C holds row g + 8·(i / 2 & 1), column 2j + (i & 1), for columns 0…7, then 8…15.
+// mma.sync.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"; g = lane / 4, j = lane % 4): register i of A holds
+// row g + 8·(i & 1), k = 8·(i / 2) + 2j and the next; B is the same with two registers for 8 columns, so a 16-column B
+// is A with its registers in another order. C holds row g + 8·(i / 2 & 1), column 2j + (i & 1), for columns 0…7, then
+// 8…15.
 //
-// MFMA 16×16×16 (CDNA 3 ISA, section 7.1; m = lane % 16, n = lane / 16): A and B hold index m, k = 4n…4n + 3; D holds column
-// m and rows 4n…4n + 3. It is therefore given b and a, exchanged: its column is our row, and D is laid out as an operand is.
+// MFMA 16×16×16 (CDNA 3 ISA, section 7.1; m = lane % 16, n = lane / 16): A and B hold index m, k = 4n…4n + 3; D holds
+// column m and rows 4n…4n + 3. It is therefore given b and a, exchanged: its column is our row, and D is laid out as an
+// operand is.
 #pragma once
+
+#include "xeco/gpu_compat.h"
 
 namespace xeco::gpu {
 
@@ -59,22 +63,22 @@ XECO_DEVICE int lane_index() { return thread_index() % kLanes; }
 XECO_DEVICE int warp_index() { return thread_index() / kLanes; }
 
 XECO_DEVICE void clear(Accumulator& sums) {
-  XECO_UNROLL
+#pragma unroll
   for (int e = 0; e < Layout::kFloats; ++e) sums.values[e] = 0.0f;
 }
 
 template <class Element>
 XECO_DEVICE Operand as_operand(const Accumulator& from) {
   Operand to;
-  XECO_UNROLL
+#pragma unroll
   for (int w = 0; w < Layout::kOperandWords; ++w)
     to.words[w] = Element::pack(from.values[2 * w], from.values[2 * w + 1]);
   return to;
 }
 
-// Both directions of rows that share a lane group: the reduction over the columns that other lanes hold.
+// Over the columns of a row that other lanes hold; all of them get the result.
 template <class Combine>
-XECO_DEVICE float over_row(float value, const Combine& combine) {
+XECO_DEVICE float reduce_row(float value, const Combine& combine) {
   value = combine(value, shuffle_xor(value, Layout::kFirstPeer));
   return combine(value, shuffle_xor(value, Layout::kSecondPeer));
 }

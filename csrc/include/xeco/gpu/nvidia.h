@@ -1,13 +1,12 @@
 // CUDA, sm_80 and later. Instructions by their PTX names (PTX ISA 8.x), so that no header of the toolkit is needed.
 #pragma once
 
+#include <cstdint>
+
 #define XECO_DEVICE __device__ __forceinline__
 #define XECO_LAYOUT __host__ __device__ constexpr
 // At least one block on a multiprocessor: up to 255 registers for each of up to 256 threads.
 #define XECO_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
-#define XECO_UNROLL _Pragma("unroll")
-#define XECO_UNROLL_BY(count) _Pragma(XECO_WORDS(unroll count))
-#define XECO_WORDS(words) #words
 
 namespace xeco::gpu {
 
@@ -24,7 +23,7 @@ XECO_DEVICE char* shared_memory() {
 
 XECO_DEVICE void sync_block() { __syncthreads(); }
 XECO_DEVICE void sync_warp() { __syncwarp(); }
-XECO_DEVICE void stop() { __trap(); }
+XECO_DEVICE void trap() { __trap(); }
 XECO_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 XECO_DEVICE uint32_t shared_address(const void* pointer) {
@@ -59,7 +58,7 @@ XECO_DEVICE float log2(float x) {
   return y;
 }
 
-XECO_DEVICE float largest_of(float a, float b) { return fmaxf(a, b); }
+XECO_DEVICE float fmax(float a, float b) { return fmaxf(a, b); }
 
 struct BFloat16 {
   using Storage = uint16_t;

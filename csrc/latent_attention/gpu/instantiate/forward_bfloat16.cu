@@ -1,0 +1,11 @@
+// The forward kernels in bfloat16. One file for each, so that they are compiled side by side.
+#include "latent_attention/gpu/kernels.h"
+#include "latent_attention/gpu/run.cuh"
+
+namespace xeco::gpu {
+
+void forward_bfloat16(const ForwardParams& params, const Parts& parts, const Stream& stream) {
+  run_forward<BFloat16>(params, parts, stream);
+}
+
+}  // namespace xeco::gpu

@@ -1,0 +1,257 @@
+// What the GPU kernels share: which tokens a row sees, how rows reach shared memory, products of tiles.
+//
+// Query rows: the Q·H rows of a sequence, in the order (query, head), all attend to the same tokens. A row in shared
+// memory is [latent, padded to 16 | rotary part, padded to 16 | 8 elements]: the last 16 bytes let eight rows lie in
+// different banks.
+#pragma once
+
+#include "latent_attention/params.h"
+#include "xeco/gpu/products.h"
+
+namespace xeco::gpu {
+
+constexpr int kTile = 16;  // rows, columns and depth of a product
+constexpr int kRowPadding = 8;
+static_assert(kTile == kWidthMultiple, "rows are padded to whole tiles");
+
+// std::min and std::max are for the host alone.
+template <class T>
+XECO_LAYOUT T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+XECO_LAYOUT T max(T a, T b) {
+  return a > b ? a : b;
+}
+
+// padded_width, for the device as well.
+XECO_LAYOUT int padded(int64_t width) { return static_cast<int>((width + kTile - 1) / kTile * kTile); }
+XECO_LAYOUT int row_stride(const AttentionShape& shape) {
+  return padded(shape.rank) + padded(shape.rope) + kRowPadding;
+}
+
+// The warps of a block as a grid: kRowWarps of 16 rows each, times kColumnWarps that share these rows and divide the
+// columns of their products: kColumns of scores.
+template <int kRows, int kColumns, int kWarps_>
+struct WarpGrid {
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * kLanes;
+  static constexpr int kRowWarps = min(kRows / kTile, kWarps), kColumnWarps = kWarps / kRowWarps;
+  static constexpr int kScoreTiles = max(1, kColumns / kTile / kColumnWarps);
+  static constexpr int kWeightStride = kColumns + kRowPadding;
+  static_assert(kRowWarps * kTile == kRows, "a warp has 16 rows");
+};
+
+// The tokens [begin, end) of a sequence, and where its first query stands.
+struct Sequence {
+  int begin, end;
+  int64_t first_position;
+};
+
+// The tokens [low, high) that a row sees; 0, 0 where it sees none.
+struct Seen {
+  int low, high;
+};
+
+XECO_DEVICE Sequence sequence_of(const AttentionShape& shape, int64_t batch) {
+  const int64_t begin = shape.starts == nullptr ? 0 : shape.starts[batch];
+  const int64_t end = shape.ends == nullptr ? shape.num_tokens : shape.ends[batch];
+  const int64_t last = shape.queries_end_at_ends ? end : shape.num_tokens;
+  const int64_t first = shape.query_positions == nullptr ? last - shape.num_queries : shape.query_positions[batch];
+  if (begin < 0 || begin > shape.num_tokens || end < 0 || end > shape.num_tokens) trap();
+  return {static_cast<int>(begin), static_cast<int>(end), first};
+}
+
+XECO_DEVICE Seen seen_by(const AttentionShape& shape, const Sequence& sequence, int64_t query) {
+  const int64_t position = sequence.first_position + query;
+  int64_t low = sequence.begin, high = sequence.end;
+  if (shape.causal) high = min(high, position + 1);
+  if (shape.window > 0) low = max(low, position - shape.window + 1);
+  if (low >= high) return {0, 0};
+  return {static_cast<int>(low), static_cast<int>(high)};
+}
+
+// What the rows [first, first + count) see together: the union. Positions grow with the row, and so do both bounds.
+XECO_DEVICE Seen seen_by_any(const AttentionShape& shape, const Sequence& sequence, int first, int count) {
+  const int heads = static_cast<int>(shape.num_heads);
+  int64_t from = first / heads, to = (first + count - 1) / heads;
+  if (shape.causal) from = max(from, sequence.begin - sequence.first_position);
+  if (shape.window > 0) to = min(to, sequence.end + shape.window - 2 - sequence.first_position);
+  if (from > to) return {0, 0};
+  const Seen lowest = seen_by(shape, sequence, from), highest = seen_by(shape, sequence, to);
+  return {lowest.low, highest.high};
+}
+
+// Whether every row of [first, first + count) sees all tokens of [token, token + tokens).
+XECO_DEVICE bool seen_by_all(const Seen& first_row, const Seen& last_row, int token, int tokens) {
+  return last_row.low <= token && token + tokens <= first_row.high && first_row.low < first_row.high &&
+         last_row.low < last_row.high;
+}
+
+// Scores become base-2 logits: scaled, capped. As score_rule of cpu/rows-inl.h.
+struct ScoreRule {
+  float scale, softcap;
+};
+
+XECO_DEVICE ScoreRule score_rule(const AttentionShape& shape) {
+  if (shape.softcap > 0.0f) return {shape.softmax_scale / shape.softcap, shape.softcap * kLog2E};
+  return {shape.softmax_scale * kLog2E, 0.0f};
+}
+
+XECO_DEVICE float tanh(float x) {
+  constexpr float kTwoLog2E = 2.88539008f;
+  return 1.0f - 2.0f / (1.0f + exp2(x * kTwoLog2E));
+}
+
+XECO_DEVICE float negative_infinity() { return -__builtin_inff(); }
+
+// One row to shared memory, by the kCopyLanes threads that share it. `from` null: zeros. Rows that lie on 16 bytes
+// everywhere are copied asynchronously.
+constexpr int kCopyLanes = 8;
+
+struct RowCopy {
+  int width, padded_width;
+  bool aligned;
+};
+
+XECO_DEVICE bool on_16_bytes(const void* data) { return (reinterpret_cast<uintptr_t>(data) & 15) == 0; }
+
+XECO_DEVICE RowCopy row_copy(const RowsView& view, int64_t width) {
+  const bool aligned =
+      on_16_bytes(view.data) && view.outer_stride % 8 == 0 && view.row_stride % 8 == 0 && width % 8 == 0;
+  return {static_cast<int>(width), padded(width), aligned};
+}
+
+XECO_DEVICE RowCopy row_copy(const HeadsView& view, int64_t width) {
+  const bool aligned = on_16_bytes(view.data) && view.batch_stride % 8 == 0 && view.query_stride % 8 == 0 &&
+                       view.head_stride % 8 == 0 && width % 8 == 0;
+  return {static_cast<int>(width), padded(width), aligned};
+}
+
+XECO_DEVICE void copy_row(uint16_t* to, const uint16_t* from, const RowCopy& copy) {
+  for (int at = thread_index() % kCopyLanes * 8; at < copy.padded_width; at += kCopyLanes * 8) {
+    if (copy.aligned && from != nullptr && at < copy.width) {
+      copy_async_16(to + at, from + at);
+    } else {
+      uint32_t words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int first = at + 2 * w;
+        const uint32_t low = from != nullptr && first < copy.width ? from[first] : 0;
+        const uint32_t high = from != nullptr && first + 1 < copy.width ? from[first + 1] : 0;
+        words[w] = low | high << 16;
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) reinterpret_cast<uint32_t*>(to + at)[w] = words[w];
+    }
+  }
+}
+
+// Cached tokens [first, first + count) to shared memory; those outside [low, high) become zeros and are not read.
+struct TokenTiles {
+  const AttentionShape& shape;
+  const RowsView &c_kv, &k_rope;
+  RowCopy latent, rotary;
+  int64_t batch;
+  int stride;
+
+  XECO_DEVICE TokenTiles(const AttentionShape& shape_, const RowsView& c_kv_, const RowsView& k_rope_, int64_t batch_)
+      : shape(shape_),
+        c_kv(c_kv_),
+        k_rope(k_rope_),
+        latent(row_copy(c_kv_, shape_.rank)),
+        rotary(row_copy(k_rope_, shape_.rope)),
+        batch(batch_),
+        stride(row_stride(shape_)) {}
+
+  XECO_DEVICE void load(uint16_t* to, int first, int count, const Seen& seen, int num_threads) const {
+    for (int row = thread_index() / kCopyLanes; row < count; row += num_threads / kCopyLanes) {
+      const int token = first + row;
+      const uint16_t *latents = nullptr, *keys = nullptr;
+      if (token >= seen.low && token < seen.high) {
+        int64_t outer = batch, inner = token;
+        if (shape.block_table != nullptr) {
+          const int page_size = static_cast<int>(shape.page_size), page = token / page_size;
+          outer = shape.block_table[batch * shape.block_table_stride + page];
+          inner = token - page * page_size;
+          if (outer < 0 || outer >= shape.num_pages) trap();
+        }
+        latents = static_cast<const uint16_t*>(c_kv.data) + outer * c_kv.outer_stride + inner * c_kv.row_stride;
+        keys = static_cast<const uint16_t*>(k_rope.data) + outer * k_rope.outer_stride + inner * k_rope.row_stride;
+      }
+      copy_row(to + row * stride, latents, latent);
+      copy_row(to + row * stride + latent.padded_width, keys, rotary);
+    }
+  }
+};
+
+// Rows [first, first + count) of queries or of their gradients; those at or behind `end` become zeros.
+struct QueryTiles {
+  const HeadsView& view;
+  RowCopy copy;
+  int64_t batch;
+  int num_heads, stride;
+
+  XECO_DEVICE QueryTiles(const HeadsView& view_, int64_t width, int64_t batch_, int64_t num_heads_, int stride_)
+      : view(view_),
+        copy(row_copy(view_, width)),
+        batch(batch_),
+        num_heads(static_cast<int>(num_heads_)),
+        stride(stride_) {}
+
+  XECO_DEVICE void load(uint16_t* to, int first, int count, int end, int num_threads) const {
+    for (int row = thread_index() / kCopyLanes; row < count; row += num_threads / kCopyLanes) {
+      const int number = first + row, query = number / num_heads, head = number - query * num_heads;
+      const uint16_t* from = number < end ? static_cast<const uint16_t*>(view.data) + batch * view.batch_stride +
+                                                query * view.query_stride + head * view.head_stride
+                                          : nullptr;
+      copy_row(to + row * stride, from, copy);
+    }
+  }
+};
+
+// sums[t] += left · right_tᵀ over the features [0, 16·depth): left is 16 rows, right_t the 16 rows at right + t·step.
+template <class Element, int kCount>
+XECO_DEVICE void multiply_rows(Accumulator (&sums)[kCount], const uint16_t* left, int left_stride,
+                               const uint16_t* right, int right_stride, int step, int depth) {
+#pragma unroll 2
+  for (int k = 0; k < depth; ++k) {
+    const Operand rows = load_rows(left + k * kTile, left_stride);
+#pragma unroll
+    for (int t = 0; t < kCount; ++t)
+      multiply<Element>(sums[t], rows, load_rows(right + t * step + k * kTile, right_stride));
+  }
+}
+
+// sums[j] += weights · right_j: right holds 16 rows, column tile first + j·every, of which there are `tiles`.
+template <class Element, int kCount>
+XECO_DEVICE void multiply_columns(Accumulator (&sums)[kCount], const Operand& weights, const uint16_t* right,
+                                  int stride, int first, int every, int tiles) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    if (first + j * every < tiles)
+      multiply<Element>(sums[j], weights, load_columns(right + (first + j * every) * kTile, stride));
+}
+
+// A score as the other warps of a row need it: two neighbouring columns of 2-byte numbers at a time.
+template <class Element>
+XECO_DEVICE void store_tile(uint16_t* to, int stride, const Accumulator& from) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int e = 0; e < Layout::kFloats; e += 2)
+    *reinterpret_cast<uint32_t*>(to + Layout::row(lane, Layout::slot(e)) * stride + Layout::column(lane, e)) =
+        Element::pack(from.values[e], from.values[e + 1]);
+}
+
+// Two neighbouring columns of a row in global memory whose width may be odd.
+template <class Element>
+XECO_DEVICE void write_pair(uint16_t* row, int column, int width, float first, float second) {
+  const uint32_t both = Element::pack(first, second);
+  if (width % 2 == 0) {
+    if (column < width) *reinterpret_cast<uint32_t*>(row + column) = both;
+  } else {
+    if (column < width) row[column] = static_cast<uint16_t>(both);
+    if (column + 1 < width) row[column + 1] = static_cast<uint16_t>(both >> 16);
+  }
+}
+
+}  // namespace xeco::gpu

@@ -1,0 +1,58 @@
+"""Headers of csrc/: those that need no other before them compile by themselves, those that do are called -inl.h."""
+
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "device"))
+
+from emulated import ROOT, compiler_of_host, emulation_flags
+
+HEADERS = sorted(file for suffix in ("h", "cuh") for file in (ROOT / "csrc").glob(f"**/*.{suffix}"))
+STANDALONE = [file for file in HEADERS if not file.stem.endswith("-inl")]
+# These need the vendor's compiler or its headers: `make check-device` compiles them.
+OF_A_VENDOR = ("include/xeco/gpu/nvidia.h", "include/xeco/gpu/amd.h", "device/stream.h")
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT / "csrc").as_posix()
+
+
+def needs_torch(file: Path) -> bool:
+    return any(header in file.read_text("utf-8") for header in ("<torch/", "tensor_checks.h", "/checks.h"))
+
+
+@pytest.mark.parametrize("file", [file for file in STANDALONE if name(file) not in OF_A_VENDOR], ids=name)
+def test_a_header_compiles_by_itself(file: Path, tmp_path: Path) -> None:
+    compiler = compiler_of_host()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags += emulation_flags("mma")
+    if needs_torch(file):
+        from torch.utils.cpp_extension import include_paths
+
+        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        flags += [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
+    source = tmp_path / "alone.cpp"
+    source.write_text(f'#include "{name(file)}"\n', "utf-8")
+    done = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(flags)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("file", HEADERS, ids=name)
+def test_a_header_has_a_guard_unless_what_it_means_depends_on_what_is_before_it(file: Path) -> None:
+    assert ("#pragma once" in file.read_text("utf-8")) == (file in STANDALONE)
+
+
+@pytest.mark.parametrize("folder", ["cpu", "include", "device"])
+def test_what_all_ops_share_includes_nothing_of_one(folder: str) -> None:
+    ops = [file.parent.name for file in (ROOT / "csrc").glob("*/params.h")]
+    assert len(ops) == 2
+    for file in (ROOT / "csrc" / folder).glob("**/*.*"):
+        text = file.read_text("utf-8")
+        assert not any(f'#include "{op}/' in text for op in ops), name(file)
