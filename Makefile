@@ -27,6 +27,7 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/vulture
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 # build/site: docs/, the READMEs and the API reference from the docstrings; a broken link or reference is an error

@@ -32,9 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from xeco_convert.errors import XecoError
 from xeco_convert.pretrained import load_causal_lm
+from xeco_distill.attention import balance_model
+from xeco_distill.losses.terms import terms_of
 from xeco_distill.options import DistillOptions
-from xeco_distill.stages.distillation import loss_terms
-from xeco_distill.stages.layerwise import balance_model
 from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss
 
@@ -240,7 +240,7 @@ def throughput(options: argparse.Namespace) -> int:
             began = time.process_time()
             prediction = bench.teacher.predict(batch["input_ids"], batch["position_ids"])
             if kind == "chunked":
-                value = distillation_loss(student, **batch, teacher=prediction, terms=loss_terms(DistillOptions()))[
+                value = distillation_loss(student, **batch, teacher=prediction, terms=terms_of(DistillOptions()))[
                     "loss"
                 ]
             else:

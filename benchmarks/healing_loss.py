@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from xeco_distill.losses import Prediction, VocabularyHead, forward_kl
+from xeco_convert.quality import OutputHead
+from xeco_distill.losses.forward_kl import forward_kl
+from xeco_distill.losses.prediction import Prediction
 
 KINDS = ("chunked", "full")
 
@@ -31,7 +33,7 @@ def inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, traine
 
     def side() -> Prediction:
         weight = (draw(vocabulary, hidden) / hidden**0.5).to(dtype)
-        return Prediction(hidden=draw(1, tokens, hidden), head=VocabularyHead(weight=weight))
+        return Prediction(hidden=draw(1, tokens, hidden), head=OutputHead(weight=weight))
 
     student, teacher = side(), side()
     student.hidden.requires_grad_(True)

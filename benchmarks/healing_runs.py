@@ -21,15 +21,17 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.sampling import sample_rows
 from xeco_convert.evaluate import sequence_windows, token_windows
 from xeco_convert.pretrained import load_causal_lm
-from xeco_distill.arguments import training_arguments
+from xeco_distill.attention import balance_model
 from xeco_distill.data import PackedRows
 from xeco_distill.data.rows import PackedRows as Rows
 from xeco_distill.evaluation.quality import measure_quality
+from xeco_distill.losses.terms import terms_of
 from xeco_distill.options import DistillOptions
-from xeco_distill.stages.distillation import choose_trained, loss_terms
-from xeco_distill.stages.layerwise import LayerwiseStage, balance_model
+from xeco_distill.stages.layerwise import LayerwiseStage
 from xeco_distill.teacher import Teacher
+from xeco_distill.trainable import choose_trained
 from xeco_distill.trainer import DistillationTrainer
+from xeco_distill.training_arguments import training_arguments
 
 SHARED = Path(os.environ.get("XECO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 INITS = ("paper", "transmla", "calibrated")
@@ -263,7 +265,7 @@ def _trainer(
         args=arguments,
         rows=rows,
         held_out=bench.held_out,
-        terms=loss_terms(options),
+        terms=terms_of(options),
         teacher=teacher,
         measure=measure,
         callbacks=[],

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from xeco_convert.checkpoint import CheckpointIndex
+from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.families import FamilySpec, supported_model_types
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
@@ -42,3 +43,11 @@ def weights_of(attention: nn.Module, config: Any, number: int) -> MlaAttention:
     """The weights of a converted layer's module, without gradients; they are the module's own, not copies."""
     state = {name: part.detach() for name, part in attention.state_dict().items()}
     return MlaAttention.from_state_dict(state, layer_shape(config, number), f"layer {number}")
+
+
+def balance_model(model: Any) -> None:
+    """Settle the free scales of all converted layers of a model in place; it computes the same."""
+    config = model.config
+    for number, attention in attention_modules(model).items():
+        balanced = balance_scales(weights_of(attention, config, number), config.num_attention_heads)
+        attention.load_state_dict(balanced.state_dict())

@@ -15,6 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from xeco_convert.commandline.run import SAME_WISH_SECONDS
 from xeco_convert.errors import XecoError
 
+from .losses.loss import LOSSES
+
 # (what, share of the stage done, figures to show)
 Report = Callable[[str, float, dict[str, float]], None]
 
@@ -85,6 +87,9 @@ class TimeLimit(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+_FIGURES = {"loss": "loss", "learning_rate": "lr", "eval_kl": "held-out KL", "rewards/margins": "margin"}
+
+
 class ProgressReports(TrainerCallback):
     """Tells how far training is: tokens per second, loss, KL and learning rate."""
 
@@ -112,8 +117,5 @@ class ProgressReports(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_named: Any,
     ) -> None:
-        names = {
-            **{"loss": "loss", "forward_kl": "KL", "reverse_kl": "reverse KL", "cross_entropy": "CE"},
-            **{"learning_rate": "lr", "eval_kl": "held-out KL", "rewards/margins": "margin"},
-        }
+        names = _FIGURES | {entry.name.replace("-", "_"): entry.figure for entry in LOSSES}
         self._figures |= {names[key]: float(value) for key, value in (logs or {}).items() if key in names}

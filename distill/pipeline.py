@@ -1,4 +1,4 @@
-"""A healing run on one screen: plan -> rows -> stages -> checkpoint -> measure -> put in place."""
+"""A healing run on one screen: plan -> rows -> stages -> checkpoint -> measure -> put in process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from .data.preparation import prepare_rows
 from .errors import HealingError
 from .evaluation.quality import measure_quality
 from .options import DistillOptions
-from .plan import HealingPlan, make_healing_plan, refuse_foreign_folder
-from .result import check_place, put_in_place, record, recover, save_overlay, write_checkpoint
+from .pair import refuse_foreign_folder
+from .plan import HealingPlan, make_healing_plan
+from .process import ProcessContext, open_process
+from .publish import check_place, put_in_place, record, recover, save_overlay, write_checkpoint
+from .resume import RunFolder, fingerprint
 from .sharding import shard
-from .stages.distillation import DistillationStage, Place, fidelity_dict
+from .stages.distillation import DistillationStage
 from .stages.layerwise import LayerwiseStage, same_outside_attention
 from .teacher import Teacher, check_head
-from .work import RunFolder, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +66,23 @@ def heal(
         raise OptionError(f"heal: give options either as an object or as fields, not both (found {', '.join(fields)}).")
     options = options if options is not None else DistillOptions(**fields)
     folder = Path(os.path.abspath(folder))
-    place = open_place(options)
+    process = open_process(options.device)
     work = RunFolder(work_place(folder, options))
-    if place.is_main:
+    if process.is_main:
         recover(folder, work.path("result"))
-    place.barrier()
+    process.barrier()
     refuse_foreign_folder(folder)
     output = None if options.output is None else Path(os.path.abspath(options.output))
     check_place(folder, output, overwrite=options.overwrite, keep=options.keep_original)
     plan = make_healing_plan(folder, options)
-    if place.is_main:
-        work.open(fingerprint(plan.student, plan.teacher.fingerprint(), options, place.world), restart=options.restart)
-    place.barrier()
+    if process.is_main:
+        work.open(
+            fingerprint(plan.student, plan.teacher.fingerprint(), options, process.world), restart=options.restart
+        )
+    process.barrier()
     quiet: Report = lambda what, share, figures: None  # noqa: E731
     try:
-        return _Run(plan, work, place, report if report is not None and place.is_main else quiet).run(output)
+        return _Run(plan, work, process, report if report is not None and process.is_main else quiet).run(output)
     except OSError as error:
         reason = error.strerror or str(error)
         raise HealingError(
@@ -94,34 +98,20 @@ def work_place(folder: Path, options: DistillOptions) -> Path:
     return folder.with_name(f"{folder.name}.healing")
 
 
-def open_place(options: DistillOptions) -> Place:
-    """Device and process of this run; joins the others where torchrun started it. Raises `OptionError` without a GPU."""
-    on_cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        raise OptionError("--device: cuda is not available here; use --device cpu.")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Place(device=torch.device("cuda" if on_cuda else "cpu"), world=1, rank=0)
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not on_cuda, timeout=timedelta(hours=24))
-    return Place(device=state.device, world=state.num_processes, rank=state.process_index)
-
-
 class _Run:
-    """One run: its plan, its folder, its place."""
+    """One run: its plan, its folder, its process."""
 
-    def __init__(self, plan: HealingPlan, work: RunFolder, place: Place, report: Report) -> None:
-        self._plan, self._work, self._place, self._report = plan, work, place, report
+    def __init__(self, plan: HealingPlan, work: RunFolder, process: ProcessContext, report: Report) -> None:
+        self._plan, self._work, self._process, self._report = plan, work, process, report
         self._options = plan.options
         self._teacher: Teacher | None = None
         self._began = time.monotonic()
 
     def run(self, output: Path | None) -> HealingReport:
         """All of it."""
-        train, held_out = prepare_rows(self._plan, self._work, self._place, self._sampled_teacher, self._report)
+        train, held_out = prepare_rows(
+            self._plan.rows(self._process.world), self._work, self._process, self._sampled_teacher, self._report
+        )
         before = self._measured("before.json", self._plan.student.folder, held_out)
         reached, done = self._plan.student.folder, {}
         steps: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
@@ -134,10 +124,10 @@ class _Run:
             facts = self._work.read_json(f"done/{stage}.json")
             if facts is None:
                 facts = steps[stage](reached, result)
-                if self._place.is_main:
+                if self._process.is_main:
                     self._work.write_json(f"done/{stage}.json", facts)
                     _forget(self._work, stage, reached)
-                self._place.barrier()
+                self._process.barrier()
             done[stage] = facts
             reached = result if result.is_dir() else reached
         return self._finish(reached, before, done, held_out, output)
@@ -145,45 +135,45 @@ class _Run:
     def _teacher_model(self) -> Teacher:
         """The teacher on this device, sharded where the student is; loaded on first use."""
         if self._teacher is None:
-            dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
+            dtype: torch.dtype | str = "auto" if self._process.device.type == "cuda" else torch.float32
             self._report("loading the teacher", 0.0, {})
             model = load_causal_lm(self._plan.teacher.folder, dtype)
             check_head(model, f"teacher {self._plan.teacher.name}")
             model = model.eval().requires_grad_(False)
-            if self._place.shards(self._options):
-                shard(model, self._place.device, root=model.get_decoder())
+            if self._process.shards(self._options.sharding):
+                shard(model, self._process.device, root=model.get_decoder())
             else:
-                model.to(self._place.device)
+                model.to(self._process.device)
             self._teacher = Teacher(model, self._plan.student.config["vocab_size"])
         return self._teacher
 
     def _sampled_teacher(self) -> Teacher:
         """The teacher for sampling: whole on this device, since processes that generate do not run in step."""
-        if not self._place.shards(self._options):
+        if not self._process.shards(self._options.sharding):
             return self._teacher_model()
-        model = load_causal_lm(self._plan.teacher.folder, "auto").to(self._place.device).eval()
+        model = load_causal_lm(self._plan.teacher.folder, "auto").to(self._process.device).eval()
         return Teacher(model, self._plan.student.config["vocab_size"])
 
     def _release_teacher(self) -> None:
-        """Its memory is wanted; it is loaded again when it is needed again."""
+        """Free its memory; it is loaded again when it is needed again."""
         self._teacher = None
-        if self._place.device.type == "cuda":
+        if self._process.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _measured(self, name: str, folder: Path, held_out: PackedRows) -> dict[str, Any]:
         """Quality of a checkpoint as it is stored, kept under a name."""
-        found = self._work.read_json(name)
-        if found is None:
+        facts = self._work.read_json(name)
+        if facts is None:
             what = f"measuring {'before' if name.startswith('before') else 'after'}"
             self._report(what, 0.0, {})
-            dtype: torch.dtype | str = "auto" if self._place.device.type == "cuda" else torch.float32
-            student = load_causal_lm(folder, dtype).to(self._place.device).eval()
+            dtype: torch.dtype | str = "auto" if self._process.device.type == "cuda" else torch.float32
+            student = load_causal_lm(folder, dtype).to(self._process.device).eval()
             tell: Callable[[float], None] = lambda share: self._report(what, share, {})  # noqa: E731
-            found = fidelity_dict(measure_quality(self._teacher_model(), student, held_out, on_progress=tell))
+            facts = measure_quality(self._teacher_model(), student, held_out, on_progress=tell).to_dict()
             tell(1.0)
-            if self._place.is_main:
-                self._work.write_json(name, found)
-        return found
+            if self._process.is_main:
+                self._work.write_json(name, facts)
+        return facts
 
     def _layers(self, start: Path, result: Path, train: PackedRows) -> dict[str, Any]:
         source = open_source(self._plan.teacher.index).index
@@ -196,23 +186,34 @@ class _Run:
                 )
             return {"skipped": f"{different} differs from the source's: OUT was trained already"}
         shared = self._options.layer_inputs == "source"
-        share = (self._place.rank, self._place.world) if shared else (0, 1)
+        share = (self._process.rank, self._process.world) if shared else (0, 1)
         stage = LayerwiseStage(
-            *(CheckpointIndex.open(start), source, train, self._work.path("layers"), self._options, self._place.device),
+            CheckpointIndex.open(start),
+            source,
+            train,
+            self._work.path("layers"),
+            self._options,
+            self._process.device,
             share=share,
         )
-        if shared or self._place.is_main:
+        if shared or self._process.is_main:
             stage.run(self._report)
-        self._place.barrier()
-        if self._place.is_main:
+        self._process.barrier()
+        if self._process.is_main:
             save_overlay(load_causal_lm(start, torch.float32), stage.tensors(), result)
-        self._place.barrier()
+        self._process.barrier()
         return stage.result().to_dict()
 
     def _distil(self, start: Path, result: Path, train: PackedRows, held_out: PackedRows) -> dict[str, Any]:
         student = load_causal_lm(start, torch.float32)
         stage = DistillationStage(
-            *(student, self._teacher_model, (train, held_out), self._work, self._options, self._place, self._report),
+            student,
+            self._teacher_model,
+            (train, held_out),
+            self._work,
+            self._options,
+            self._process,
+            self._report,
             release_teacher=self._release_teacher,
         )
         return stage.run(result)
@@ -221,20 +222,20 @@ class _Run:
         from .stages.preference import prefer
 
         self._release_teacher()
-        return prefer(start, result, self._plan, self._work, self._place, self._report)
+        return prefer(start, result, self._plan, self._work, self._process, self._report)
 
     def _finish(
         self, reached: Path, before: dict[str, Any], done: dict[str, Any], held_out: PackedRows, output: Path | None
     ) -> HealingReport:
-        """Write, measure what was written, put it in place."""
+        """Write, measure what was written, put it in process."""
         result = self._work.path("result")
-        if self._place.is_main:
+        if self._process.is_main:
             self._report("writing", 0.0, {})
             write_checkpoint(self._plan.student, CheckpointIndex.open(reached), result)
-        self._place.barrier()
+        self._process.barrier()
         after = self._measured("after.json", result, held_out)
         target = self._plan.student.folder if output is None else output
-        found = HealingReport(
+        report = HealingReport(
             output=str(target),
             stages={stage: _without_history(facts) for stage, facts in done.items()},
             before=before,
@@ -245,21 +246,19 @@ class _Run:
             options=changed_options(self._options),
             seconds=time.monotonic() - self._began,
         )
-        if self._place.is_main:
-            record(result, {**found.to_dict(), "history": done.get("kl", {}).get("history", []), "output": None})
+        if self._process.is_main:
+            record(result, {**report.to_dict(), "history": done.get("kl", {}).get("history", []), "output": None})
             put_in_place(result, self._plan.student.folder, output, keep=self._options.keep_original)
             self._work.remove()
-        self._place.barrier()
-        return found
+        self._process.barrier()
+        return report
 
 
 def changed_options(options: DistillOptions) -> dict[str, Any]:
     """The options that are not their defaults, and say something about the result."""
     silent = ("output", "overwrite", "keep_original", "work_dir", "restart", "sample_cache", "device")
-    default = dataclasses.asdict(DistillOptions())
-    return {
-        key: value for key, value in dataclasses.asdict(options).items() if value != default[key] and key not in silent
-    }
+    default = DistillOptions().values()
+    return {key: value for key, value in options.values().items() if value != default[key] and key not in silent}
 
 
 def _forget(work: RunFolder, stage: str, start: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -10,17 +9,14 @@ from pathlib import Path
 
 import torch
 
-from xeco_convert.checkpoint import CheckpointIndex
-from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError
-from xeco_convert.inspect_checkpoint import inspect_checkpoint
-from xeco_convert.pretrained import resolved
+from xeco_convert.errors import OptionError
 
-from .arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
 from .attention import attention_prefixes
+from .data.preparation import RowRequest
 from .options import DistillOptions
-from .teacher import TeacherPlace, check_vocabulary, find_teacher
+from .pair import ModelPair, open_pair
+from .training_arguments import accumulation, batch_rows, keeps_few_activations, learning_rate
 
-_DEFAULT_LENGTH = 1024
 _ACTIVATIONS_PER_LAYER = (
     34  # hidden-sized tensors kept per token for backward (Korthikanti et al., arXiv 2205.05198, eq. 1)
 )
@@ -28,81 +24,45 @@ _EFFICIENCY = 0.4  # of a plain matrix product: attention, elementwise work, rea
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealingPlan:
-    """Student and teacher on disk, the stages that will run, and notes on what was chosen or left out."""
+class HealingPlan(ModelPair):
+    """The stages that will run on student and teacher, and notes on what was chosen or left out."""
 
-    student: CheckpointIndex
-    teacher: TeacherPlace
     options: DistillOptions
     stages: tuple[str, ...]
-    seq_length: int
     notes: tuple[str, ...]
-    kv_share: float
-
-    def with_stages(self, stages: tuple[str, ...], note: str) -> HealingPlan:
-        """The plan with other stages, and why."""
-        return dataclasses.replace(self, stages=stages, notes=(*self.notes, note))
 
     def step_tokens(self, world: int) -> int:
         """Tokens of a step on all devices."""
         return batch_rows(self.options) * accumulation(self.options) * world * self.seq_length
 
-    def sampled_rows(self, world: int) -> int:
-        """Rows to sample from the teacher for training, where no data is given; at least one step's."""
-        tokens = self.options.tokens if self.options.sample_tokens is None else self.options.sample_tokens
-        return max(math.ceil(tokens / self.seq_length), self.step_tokens(world) // self.seq_length)
-
-    def held_out_rows(self) -> int:
-        """Rows for measuring."""
-        return max(1, math.ceil(self.options.held_out_tokens / self.seq_length))
+    def rows(self, world: int) -> RowRequest:
+        """The rows to train on (sampled ones are at least one step's) and to measure on."""
+        options, length = self.options, self.seq_length
+        tokens = options.tokens if options.sample_tokens is None else options.sample_tokens
+        return RowRequest(
+            pair=self,
+            training=max(math.ceil(tokens / length), self.step_tokens(world) // length),
+            held_out=max(1, math.ceil(options.held_out_tokens / length)),
+            data=options.data,
+            assistant_only=options.assistant_only,
+            sample_cache=options.sample_cache,
+            seed=options.seed,
+        )
 
 
 def make_healing_plan(folder: Path, options: DistillOptions) -> HealingPlan:
-    """Check checkpoint, teacher and options against each other.
-
-    Raises `CheckpointError` where `folder` is no converted checkpoint, `TeacherError`, `OptionError`.
-    """
-    found = inspect_checkpoint(folder)
-    if found["text_model_type"] != found["model_type"]:
-        raise UnsupportedModelError(
-            f"{folder}: a {found['model_type']} model is one of text and images, expected a text model: what it is healed on is "
-            "text, and images would not be seen. Convert and heal its text model alone (docs/faq.md says how to save it)."
-        )
-    student = resolved(CheckpointIndex.open(folder))
-    teacher = find_teacher(student, options.teacher, options.teacher_revision)
-    check_vocabulary(student, teacher)
-    length, notes = _seq_length(student, teacher, options), []
-    stages = options.stage_list
-    if "layers" in stages and not teacher.is_source:
+    """Check checkpoint, teacher and options against each other. Raises as `open_pair` does."""
+    pair = open_pair(folder, options.teacher, options.teacher_revision, options.seq_length)
+    stages, notes = options.stage_list, []
+    if "layers" in stages and not pair.teacher.is_source:
         if options.stages is not None:
             raise OptionError(
-                f"--stages: layers needs the model that OUT was converted from as the teacher, found {teacher.name}; leave "
-                "layers out, or --teacher."
+                "--stages: layers needs the model that OUT was converted from as the teacher, found "
+                f"{pair.teacher.name}; leave layers out, or --teacher."
             )
         stages = tuple(stage for stage in stages if stage != "layers")
         notes.append("no layer-wise stage: the teacher is not the model that OUT was converted from")
-    return HealingPlan(
-        student=student,
-        teacher=teacher,
-        options=options,
-        stages=stages,
-        seq_length=length,
-        notes=tuple(notes),
-        kv_share=found["kv_bytes_after"] / max(1, found["kv_bytes_before"]),
-    )
-
-
-def _seq_length(student: CheckpointIndex, teacher: TeacherPlace, options: DistillOptions) -> int:
-    limits = [index.config.get("max_position_embeddings") for index in (student, teacher.index)]
-    longest = min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
-    if options.seq_length is None:
-        return _DEFAULT_LENGTH if longest is None else min(_DEFAULT_LENGTH, longest)
-    if longest is not None and options.seq_length > longest:
-        raise OptionError(
-            f"--seq-length: expected at most {longest}, the longest context of student and teacher "
-            f"(max_position_embeddings), found {options.seq_length}; choose a smaller value."
-        )
-    return options.seq_length
+    return HealingPlan(**vars(pair), options=options, stages=stages, notes=tuple(notes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +157,13 @@ def measured_flops(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def describe(plan: HealingPlan, found: Estimate, world: int) -> list[str]:
+def describe(plan: HealingPlan, sizes: Estimate, world: int) -> list[str]:
     """The plan in lines for people."""
     options = plan.options
     data = "text sampled from the teacher" if options.data is None else options.data
     lines = [
-        f"student: {plan.student.folder} ({plan.student.config['model_type']}, {found.parameters:,} parameters, KV cache "
-        f"{plan.kv_share:.1%} of the source's)",
+        f"student: {plan.student.folder} ({plan.student.config['model_type']}, {sizes.parameters:,} parameters, KV cache "
+        f"{plan.kv_bytes_after / max(1, plan.kv_bytes_before):.1%} of the source's)",
         f"teacher: {plan.teacher.name}" + (" (the source)" if plan.teacher.is_source else ""),
         f"stages: {', '.join(plan.stages)}",
     ]
@@ -215,26 +175,26 @@ def describe(plan: HealingPlan, found: Estimate, world: int) -> list[str]:
             budget = limit if options.budget_tokens is None else f"{budget}, at most {limit}"
         lines.append(
             f"kl: {options.loss}, {budget} of {data} in rows of {plan.seq_length}, {plan.step_tokens(world):,} tokens a step, "
-            f"learning rate {rate:.2g}, training {options.train} ({found.trained:,} parameters)"
+            f"learning rate {rate:.2g}, training {options.train} ({sizes.trained:,} parameters)"
         )
     lines += [f"note: {note}" for note in plan.notes]
     return lines
 
 
-def describe_estimate(found: Estimate, device: torch.device, world: int) -> list[str]:
+def describe_estimate(sizes: Estimate, device: torch.device, world: int) -> list[str]:
     """Memory and time in lines for people."""
     parts = {
-        "student": found.student_bytes,
-        "gradients and optimizer": found.optimizer_bytes,
-        "teacher": found.teacher_bytes,
-        "activations and logits": found.activation_bytes,
+        "student": sizes.student_bytes,
+        "gradients and optimizer": sizes.optimizer_bytes,
+        "teacher": sizes.teacher_bytes,
+        "activations and logits": sizes.activation_bytes,
     }
     detail = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     where = f"{world} x {device.type}" if world > 1 else device.type
     return [
-        f"memory: about {found.memory_bytes / 2**30:.2f} GiB on each device ({detail})",
-        f"time of the kl stage: about {_duration(found.seconds)} on {where}, by a matrix product timed just now",
-        f"disk while it runs: about {found.disk_bytes / 1e9:.2f} GB",
+        f"memory: about {sizes.memory_bytes / 2**30:.2f} GiB on each device ({detail})",
+        f"time of the kl stage: about {_duration(sizes.seconds)} on {where}, by a matrix product timed just now",
+        f"disk while it runs: about {sizes.disk_bytes / 1e9:.2f} GB",
     ]
 
 
@@ -242,9 +202,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def refuse_foreign_folder(folder: Path) -> None:
-    """A folder that is no checkpoint at all, in one sentence."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a folder that xeco-convert wrote, found nothing; check the path.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.pretrained import resolved
-from xeco_convert.tokenizer import TokenizerPlace, first_difference
+from xeco_convert.quality import OutputHead
+from xeco_convert.tokenizer import TokenizerFiles, first_difference
 
 from .errors import TeacherError
-from .losses import Prediction, TopKPrediction, VocabularyHead
+from .losses.prediction import Prediction, TopKPrediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherPlace:
+class TeacherFiles:
     """Where the teacher's files are. `name`: as the user knows it; `is_source`: the model that OUT was converted from."""
 
     index: CheckpointIndex
@@ -38,7 +39,7 @@ class TeacherPlace:
         return hashlib.sha256(repr((dict(self.index.config), facts)).encode()).hexdigest()
 
 
-def find_teacher(student: CheckpointIndex, teacher: str | None, revision: str | None) -> TeacherPlace:
+def find_teacher(student: CheckpointIndex, teacher: str | None, revision: str | None) -> TeacherFiles:
     """The model that --teacher names, else the source that the student's config.json records.
 
     Raises `TeacherError` where none is recorded, or it is not where it was.
@@ -55,7 +56,7 @@ def find_teacher(student: CheckpointIndex, teacher: str | None, revision: str | 
         what = "--teacher" if teacher else f"{student.folder}: the source recorded in config.json"
         advice = "" if teacher else " If it lies elsewhere now, give --teacher MODEL."
         raise TeacherError(f"{what}: {error}{advice}") from None
-    return TeacherPlace(index=index, name=str(path), is_source=_same_shape(index, student))
+    return TeacherFiles(index=index, name=str(path), is_source=_same_shape(index, student))
 
 
 def _same_shape(teacher: CheckpointIndex, student: CheckpointIndex) -> bool:
@@ -66,9 +67,9 @@ def _same_shape(teacher: CheckpointIndex, student: CheckpointIndex) -> bool:
     return same and (kind is None or teacher.config.get("model_type") == kind)
 
 
-def check_vocabulary(student: CheckpointIndex, teacher: TeacherPlace) -> None:
+def check_vocabulary(student: CheckpointIndex, teacher: TeacherFiles) -> None:
     """Whether both read and write the same tokens. Raises `TeacherError` naming the first that differs."""
-    places = TokenizerPlace.of(teacher.index), TokenizerPlace(folder=student.folder)
+    places = TokenizerFiles.of(teacher.index), TokenizerFiles(folder=student.folder)
     sizes = [index.config.get("vocab_size") for index in (student, teacher.index)]
     if not all(place.exists for place in places):
         if sizes[0] != sizes[1]:
@@ -89,25 +90,16 @@ def check_vocabulary(student: CheckpointIndex, teacher: TeacherPlace) -> None:
         )
 
 
-def vocabulary_head(model: Any, vocabulary: int | None = None) -> VocabularyHead:
-    """The head of a causal language model; what its own forward does to the logits is read from its configuration."""
+def output_head(model: Any, vocabulary: int | None = None) -> OutputHead:
+    """The head of a causal language model, of the first entries of its vocabulary, or of all."""
     from torch.distributed.tensor import DTensor
 
-    head, config = model.get_output_embeddings(), model.config
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, DTensor):  # a sharded teacher, outside its own forward
-        if weight.requires_grad:
+    head = OutputHead.of_model(model)
+    if isinstance(head.weight, DTensor):  # a sharded teacher, outside its own forward
+        if head.weight.requires_grad:
             raise RuntimeError("the student's head is read inside its own forward, where it is whole")
-        weight = weight.full_tensor()
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    elif getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = float(config.logit_scale)
-    found = VocabularyHead(
-        weight=weight, bias=bias, scale=scale, softcap=getattr(config, "final_logit_softcapping", None)
-    )
-    return found.first(vocabulary or weight.shape[0])
+        head = replace(head, weight=head.weight.full_tensor())
+    return head.first(vocabulary or head.weight.shape[0])
 
 
 @torch.no_grad()
@@ -118,10 +110,10 @@ def check_head(model: Any, what: str) -> None:
     was_training = model.training
     model.eval()
     expected = model(input_ids=probe, use_cache=False).logits.float()
-    found = vocabulary_head(model).logits(hidden_states(model, probe, None)).float()
+    logits = output_head(model).logits(hidden_states(model, probe, None)).float()
     model.train(was_training)
     # the same products in the same dtype: one part in a hundred is far above rounding
-    if not torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
+    if not torch.allclose(logits, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
         raise UnsupportedModelError(
             f"{what}: {model.config.model_type} changes its logits after the output projection in a way that healing does "
             "not know; its loss would be wrong."
@@ -147,7 +139,7 @@ class Teacher:
         """Hidden states [B, L, X] and the head, cut to the student's vocabulary."""
         device = next(self.model.parameters()).device
         hidden = hidden_states(self.model, input_ids.to(device), position_ids.to(device))
-        return Prediction(hidden=hidden, head=vocabulary_head(self.model, self._vocabulary))
+        return Prediction(hidden=hidden, head=output_head(self.model, self._vocabulary))
 
 
 class KeptTeacher:

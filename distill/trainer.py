@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,8 +23,10 @@ from xeco_convert.pretrained import load_causal_lm
 
 from .data import PackedRows
 from .errors import HealingError
-from .losses import Prediction, Term, TopKPrediction, chunked_loss
-from .teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
+from .losses.chunked import Term, chunked_loss
+from .losses.prediction import Prediction, TopKPrediction
+from .process import ProcessContext
+from .teacher import KeptTeacher, Teacher, hidden_states, output_head
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is never loaded
 
@@ -43,7 +46,7 @@ def distillation_loss(
     terms: tuple[Term, ...],
 ) -> dict[str, Any]:
     """The summed loss over `mask`, and each term's own sum. Rows [B, L]."""
-    student = Prediction(hidden=hidden_states(model, input_ids, position_ids), head=vocabulary_head(model))
+    student = Prediction(hidden=hidden_states(model, input_ids, position_ids), head=output_head(model))
     sums = chunked_loss(terms, student, teacher, mask, targets)
     return {"loss": sums.total, "parts": sums.parts}
 
@@ -211,3 +214,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run that was saved whole."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_cut_off(folder: Path, process: ProcessContext) -> None:
+    """Delete checkpoints that a kill cut off, so that nothing mistakes them for whole ones."""
+    if process.is_main and folder.is_dir():
+        for path in folder.glob("checkpoint-*"):
+            if not (path / COMPLETE).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+    process.barrier()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import xeco_convert
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.export import ExportOptions, export_checkpoint
-from xeco_distill.evaluation.command import EvalOptions, evaluate_checkpoint
+from xeco_distill.evaluation.checkpoint import EvalOptions, evaluate_checkpoint
 from xeco_distill.pipeline import heal
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -20,7 +20,7 @@ from xeco_convert.cli import main
 from xeco_convert.errors import CheckpointError, OptionError, OutputError
 from xeco_convert.modeling import code_files
 from xeco_convert.refresh import RefreshReport, refresh_checkpoint
-from xeco_convert.tokenizer import TokenizerPlace
+from xeco_convert.tokenizer import TokenizerFiles
 
 TEXT = "def f(self):\n    return x[12345]  naïve 中文 👍"
 # What the first version's attention began with: it knew the cache by the name that transformers had for it then.
@@ -88,9 +88,9 @@ def test_an_old_folder_becomes_what_this_version_writes(old: Path, converted_onc
 
 def test_the_refreshed_folder_loads_and_reads_as_the_source(old: Path, converted_once: Path) -> None:
     ids = AutoTokenizer.from_pretrained(converted_once / "in")(TEXT)["input_ids"]
-    assert TokenizerPlace(folder=old).load_without_package()(TEXT)["input_ids"] != ids
+    assert TokenizerFiles(folder=old).load_without_package()(TEXT)["input_ids"] != ids
     refresh_checkpoint(old)
-    for tokenizer in (AutoTokenizer.from_pretrained(old), TokenizerPlace(folder=old).load_without_package()):
+    for tokenizer in (AutoTokenizer.from_pretrained(old), TokenizerFiles(folder=old).load_without_package()):
         assert tokenizer(TEXT)["input_ids"] == ids
     model = AutoModelForCausalLM.from_pretrained(old).eval()
     text = torch.tensor([ids])

@@ -24,9 +24,9 @@ from xeco_convert.conversion import model_identity
 from xeco_convert.errors import CheckpointError, XecoWarning
 from xeco_convert.export import export_checkpoint
 from xeco_convert.families import supported_model_types
-from xeco_convert.tokenizer import TokenizerPlace, first_difference, keeping, load_tokenizer, prepared_companions
+from xeco_convert.tokenizer import TokenizerFiles, first_difference, keeping, load_tokenizer, prepared_companions
 from xeco_distill.errors import TeacherError
-from xeco_distill.teacher import TeacherPlace, check_vocabulary
+from xeco_distill.teacher import TeacherFiles, check_vocabulary
 
 FAMILIES = supported_model_types()
 # Written for this test, beside the probes of the package: what a user might type.
@@ -343,12 +343,12 @@ def test_a_student_that_reads_otherwise_than_its_teacher_is_refused_with_the_pro
     digits = {"type": "Digits", "individual_digits": True}
     rules["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, rules["pre_tokenizer"]]}
     (student / "tokenizer.json").write_text(json.dumps(rules))
-    teacher = TeacherPlace(index=CheckpointIndex.without_weights(source), name="T", is_source=True)
+    teacher = TeacherFiles(index=CheckpointIndex.without_weights(source), name="T", is_source=True)
     with pytest.raises(
         TeacherError, match=r"T: its tokenizer differs .*the text '.*' gives .*, for the student .*refresh"
     ):
         check_vocabulary(CheckpointIndex.without_weights(student), teacher)
-    keeping.keep_tokenizer(TokenizerPlace(folder=source), student)
+    keeping.keep_tokenizer(TokenizerFiles(folder=source), student)
     check_vocabulary(CheckpointIndex.without_weights(student), teacher)
 
 

@@ -28,7 +28,7 @@ from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
 from xeco_convert.layer_entries import converted_text, mla_layer
 from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
-from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
+from xeco_convert.tokenizer import TokenizerFiles, keep_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _renew_tokenizer(source: CheckpointIndex, new: Path, folder: Path) -> str | 
     """Make the files in `new` give the source's ids, first with what the folder had: it may hold a chat template of its own.
 
     Gives one sentence where the source's tokenizer cannot be compared."""
-    place = TokenizerPlace.of(source)
+    place = TokenizerFiles.of(source)
     for relative in tokenizer_files(source.folder):
         if not (new / relative).exists() and not _is_superseded(relative, new):
             _copy(source.folder / relative, new / relative)

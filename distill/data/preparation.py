@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,67 +17,84 @@ from ..data.documents import read_documents
 from ..data.rows import PackedRows, RowWriter
 from ..data.samples import SHARD_ROWS, SampleStore
 from ..errors import DataError
-from ..plan import HealingPlan
-from ..stages.distillation import Place
+from ..pair import ModelPair
+from ..process import ProcessContext
+from ..resume import RunFolder
 from ..teacher import Teacher
-from ..work import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRequest:
+    """Rows of `pair.seq_length` tokens: how many to train on and how many to measure on, of `data` or, where that is None,
+    sampled from the teacher. `assistant_only`: learn from assistant turns alone. `sample_cache`: a folder for samples that other
+    runs may use."""
+
+    pair: ModelPair
+    training: int
+    held_out: int
+    data: str | None
+    seed: int
+    assistant_only: bool = False
+    sample_cache: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.training + self.held_out
 
 
 def prepare_rows(
-    plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report
+    request: RowRequest, work: RunFolder, process: ProcessContext, teacher: Callable[[], Teacher], report: Report
 ) -> tuple[PackedRows, PackedRows]:
     """Rows to train on and rows to measure on.
 
     The rows are shuffled with the run's seed before they are divided. Raises `DataError` where there is too little text.
     """
-    rows = all_rows(plan, work, place, teacher, report)
-    held_out = min(plan.held_out_rows(), max(1, len(rows) // 4))
+    rows = all_rows(request, work, process, teacher, report)
+    held_out = min(request.held_out, max(1, len(rows) // 4))
     if len(rows) < 2:
         raise DataError(
-            f"--data: {plan.options.data}: only {len(rows)} rows of {plan.seq_length} tokens, expected at least 2 (one to "
+            f"--data: {request.data}: only {len(rows)} rows of {request.pair.seq_length} tokens, expected at least 2 (one to "
             "train on, one to measure on); give more text, or a smaller --seq-length."
         )
     return rows.part(slice(0, len(rows) - held_out)), rows.part(slice(len(rows) - held_out, None))
 
 
 def all_rows(
-    plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report
+    request: RowRequest, work: RunFolder, process: ProcessContext, teacher: Callable[[], Teacher], report: Report
 ) -> PackedRows:
     """The rows, undivided, from disk where an earlier part of the run left them."""
     folder = work.path("rows")
     rows = PackedRows.load(folder)
     if rows is None:
-        if plan.options.data is None:
-            _sample(plan, work, place, teacher, report)
-        elif place.is_main:
-            _read(plan, folder, place.world, report)
-        place.barrier()
+        if request.data is None:
+            _sample(request, work, process, teacher, report)
+        elif process.is_main:
+            _read(request, request.data, folder, report)
+        process.barrier()
         rows = PackedRows.load(folder)
-        assert rows is not None
+        assert rows is not None, "they were written just now"
     return rows
 
 
-def _read(plan: HealingPlan, folder: Path, world: int, report: Report) -> None:
+def _read(request: RowRequest, data: str, folder: Path, report: Report) -> None:
     """Documents until the budget and the held-out rows are filled, packed; then shuffled."""
-    options = plan.options
-    assert options.data is not None
-    tokenizer = load_tokenizer(plan.student.folder)
+    tokenizer = load_tokenizer(request.pair.student.folder)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    wanted = (plan.sampled_rows(world) + plan.held_out_rows()) * plan.seq_length
+    needed = request.total * request.pair.seq_length
     unshuffled = folder.with_name("rows-unshuffled")
-    writer = RowWriter(unshuffled, plan.seq_length, padding)
+    writer = RowWriter(unshuffled, request.pair.seq_length, padding)
     documents = read_documents(
-        options.data,
+        data,
         tokenizer,
-        assistant_only=options.assistant_only,
-        vocabulary=plan.student.config["vocab_size"],
+        assistant_only=request.assistant_only,
+        vocabulary=request.pair.student.config["vocab_size"],
     )
     for document in documents:
         writer.add(document)
-        report("reading text", min(1.0, writer.num_tokens / wanted), {})
-        if writer.num_tokens >= wanted:
+        report("reading text", min(1.0, writer.num_tokens / needed), {})
+        if writer.num_tokens >= needed:
             break
-    _shuffle(writer.finish(), folder, wanted // plan.seq_length, options.seed, padding)
+    _shuffle(writer.finish(), folder, needed // request.pair.seq_length, request.seed, padding)
 
 
 def _shuffle(rows: PackedRows, folder: Path, most: int, seed: int, padding: int) -> None:
@@ -90,34 +108,36 @@ def _shuffle(rows: PackedRows, folder: Path, most: int, seed: int, padding: int)
     writer.finish()
 
 
-def _sample(plan: HealingPlan, work: RunFolder, place: Place, teacher: Callable[[], Teacher], report: Report) -> None:
+def _sample(
+    request: RowRequest, work: RunFolder, process: ProcessContext, teacher: Callable[[], Teacher], report: Report
+) -> None:
     """Shards of the teacher's text, each process its own, then the rows from them."""
-    wanted = plan.sampled_rows(place.world) + plan.held_out_rows()
-    cache = plan.options.sample_cache
+    needed = request.total
+    cache = request.sample_cache
     store = SampleStore(
         work.path("samples") if cache is None else Path(cache),
-        teacher=plan.teacher.fingerprint(),
-        length=plan.seq_length,
-        seed=plan.options.seed,
+        teacher=request.pair.teacher.fingerprint(),
+        length=request.pair.seq_length,
+        seed=request.seed,
     )
-    shards = math.ceil(wanted / SHARD_ROWS)
+    shards = math.ceil(needed / SHARD_ROWS)
     missing = store.missing(shards)
     if missing:
-        mine = missing[place.rank :: place.world]
+        mine = missing[process.rank :: process.world]
         already = (shards - len(missing)) / shards
         model = teacher().model
         store.fill(model, mine, lambda done: report("sampling text", already + (1 - already) * done / len(mine), {}))
-    place.barrier()
-    if place.is_main:
-        writer = RowWriter(work.path("rows"), plan.seq_length, 0)
-        for ids, counts in _first_rows(store, wanted):
+    process.barrier()
+    if process.is_main:
+        writer = RowWriter(work.path("rows"), request.pair.seq_length, 0)
+        for ids, counts in _first_rows(store, needed):
             learned = torch.zeros_like(counts)
             learned[:, :-1] = counts[:, 1:]
             writer.add_rows(ids.numpy(), learned.numpy())
         writer.finish()
 
 
-def _first_rows(store: SampleStore, wanted: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for number in range(math.ceil(wanted / SHARD_ROWS)):
+def _first_rows(store: SampleStore, needed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for number in range(math.ceil(needed / SHARD_ROWS)):
         ids, counts = store.read(number)
-        yield ids[: wanted - number * SHARD_ROWS], counts[: wanted - number * SHARD_ROWS]
+        yield ids[: needed - number * SHARD_ROWS], counts[: needed - number * SHARD_ROWS]

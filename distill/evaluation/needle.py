@@ -19,7 +19,7 @@ from torch.nn import functional
 from xeco_convert.errors import OptionError
 
 from ..errors import DataError
-from ..teacher import hidden_states, vocabulary_head
+from ..teacher import hidden_states, output_head
 
 _NAMES = ("Lily", "Tom", "Sara", "Ben", "Anna", "Max")
 _SAYS = "The secret number of {name} is"
@@ -86,7 +86,7 @@ def trials(tokenizer: Any, haystack: Sequence[int], context: int, per_depth: int
 def retrieval(model: Any, given: Sequence[Trial]) -> Retrieval:
     """How much of it a model finds; one trial at a time."""
     device = next(model.parameters()).device
-    head = vocabulary_head(model)
+    head = output_head(model)
     hits, nats, tokens = 0, 0.0, 0
     for trial in given:
         ids = trial.ids.to(device)

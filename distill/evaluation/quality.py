@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from xeco_convert.evaluate import Fidelity
+from xeco_convert.quality import Fidelity, FidelitySums, prediction_sums
+from xeco_convert.quality.fidelity import perplexity
 
 from ..data import PackedRows
 from ..errors import HealingError
-from ..losses import CrossEntropy, ForwardKLTopK, Prediction, Term, TopKPrediction, chunked_loss
-from ..teacher import KeptTeacher, Teacher, hidden_states, vocabulary_head
+from ..losses.chunked import Term, chunked_loss
+from ..losses.cross_entropy import CrossEntropy
+from ..losses.forward_kl_top_k import ForwardKLTopK
+from ..losses.prediction import Prediction, TopKPrediction
+from ..teacher import KeptTeacher, Teacher, hidden_states, output_head
 
 _LOGITS_PER_CHUNK = 2**24
 _ROWS_PER_BATCH = 4
@@ -41,7 +43,7 @@ def measure_quality(
     `on_progress` is told the share done.
     """
     world, rank = _world()
-    sums = torch.zeros(5, dtype=torch.float64)  # NLL of the teacher, of the student, KL, agreeing, tokens
+    sums = FidelitySums()
     training = student.training
     student.eval()
     try:
@@ -54,14 +56,16 @@ def measure_quality(
             if not mine:
                 stacked["mask"] = torch.zeros_like(stacked["mask"])
             prediction = teacher.predict(stacked["input_ids"], stacked["position_ids"])
-            sums += call(student, student_sums, prediction, stacked)
+            sums.add(call(student, student_sums, prediction, stacked))
     finally:
         student.train(training)
     if world > 1:
-        total = sums.to(next(student.parameters()).device, torch.float32)
-        torch.distributed.all_reduce(total)
-        sums = total.double().cpu()
-    return _fidelity(sums, len(rows))
+        sums.add_all_processes(next(student.parameters()).device)
+    if sums.num_tokens == 0:
+        raise HealingError("there is no text to measure on; give more --data, or fewer --held-out-tokens.")
+    if sums.nan_in is not None:
+        raise HealingError("the healed model gives NaN on held-out text; its weights are broken.")
+    return sums.fidelity(len(rows))
 
 
 @torch.no_grad()
@@ -87,15 +91,17 @@ def measure_kept(
         torch.distributed.all_reduce(total)
         sums = total.double().cpu()
     kl, loss, count = sums.tolist()
-    return {"kl": kl / count, "perplexity": _exp(loss / count)}
+    return {"kl": kl / count, "perplexity": perplexity(loss / count)}
 
 
 def _kept_sums(student: Any, teacher: TopKPrediction, batch: dict[str, Tensor]) -> Tensor:
     hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
-    prediction = Prediction(hidden=hidden, head=vocabulary_head(student))
+    prediction = Prediction(hidden=hidden, head=output_head(student))
     terms = (Term(name="kl", loss=ForwardKLTopK()), Term(name="ce", loss=CrossEntropy()))
-    found = chunked_loss(terms, prediction, teacher, batch["mask"], batch["targets"])
-    return torch.tensor([*(float(part) for part in found.parts.values()), float(found.num_tokens)], dtype=torch.float64)
+    result = chunked_loss(terms, prediction, teacher, batch["mask"], batch["targets"])
+    return torch.tensor(
+        [*(float(part) for part in result.parts.values()), float(result.num_tokens)], dtype=torch.float64
+    )
 
 
 def student_sums(student: Any, teacher: Prediction, batch: dict[str, Tensor]) -> Tensor:
@@ -106,47 +112,14 @@ def student_sums(student: Any, teacher: Prediction, batch: dict[str, Tensor]) ->
     hidden = hidden_states(student, batch["input_ids"].to(device), batch["position_ids"].to(device))
     states = hidden.flatten(0, 1)[mask.to(device)]
     teacher_states = teacher.hidden.flatten(0, 1)[mask.to(teacher.hidden.device)]
-    head = vocabulary_head(student)
+    head = output_head(student)
     chunk = max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])
     sums = torch.zeros(5, dtype=torch.float64)
     for start in range(0, targets.numel(), chunk):
         part = slice(start, start + chunk)
         teacher_logits = teacher.head.logits(teacher_states[part].to(teacher.head.weight.dtype))
-        sums += _chunk_sums(teacher_logits, head.logits(states[part].to(head.weight.dtype)), targets[part])
+        sums += prediction_sums(teacher_logits, head.logits(states[part].to(head.weight.dtype)), targets[part])
     return sums
-
-
-def _chunk_sums(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> Tensor:
-    device = student_logits.device
-    teacher_logp = functional.log_softmax(teacher_logits.float(), dim=-1).to(device)
-    student_logp = functional.log_softmax(student_logits.float(), dim=-1)
-    column = targets.to(device)[:, None]
-    probability = teacher_logp.exp()
-    divergence = torch.where(probability > 0, probability * (teacher_logp - student_logp), 0.0).sum(dim=-1)
-    agreeing = (teacher_logp.argmax(dim=-1) == student_logp.argmax(dim=-1)).float()
-    parts = [-teacher_logp.gather(1, column).squeeze(1), -student_logp.gather(1, column).squeeze(1)]
-    parts += [divergence, agreeing, torch.ones_like(agreeing)]
-    return torch.stack([part.cpu().double().sum() for part in parts])
-
-
-def _fidelity(sums: Tensor, num_rows: int) -> Fidelity:
-    teacher_loss, loss, kl, agreeing, count = sums.tolist()
-    if count == 0:
-        raise HealingError("there is no text to measure on; give more --data, or fewer --held-out-tokens.")
-    if math.isnan(loss):
-        raise HealingError("the healed model gives NaN on held-out text; its weights are broken.")
-    return Fidelity(
-        perplexity_source=_exp(teacher_loss / count),
-        perplexity=_exp(loss / count),
-        kl=max(0.0, kl / count),
-        top1=agreeing / count,
-        num_tokens=int(count),
-        num_windows=num_rows,
-    )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _world() -> tuple[int, int]:

@@ -10,14 +10,17 @@ Letters: N tokens, n tokens of a chunk, X hidden_size, V vocabulary, v entries o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..losses.prediction import Prediction, TopKPrediction, VocabularyHead
+from xeco_convert.quality import OutputHead
+
+from .loss import Loss
+from .prediction import Prediction, TopKPrediction
 
 # Logits of one chunk, in numbers: 128 tokens of a vocabulary of 128k on a CPU (64 MiB in float32), 1024 on a GPU, whose
 # matrix units want taller matrices.
@@ -119,25 +122,12 @@ class Slab:
         return self.teacher_logp.exp()
 
 
-class TokenLoss(Protocol):
-    """A loss of single tokens, by its formula on tempered logits; `temperature` is part of it."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    def losses(self, chunk: Chunk) -> Tensor:
-        """Loss [n] of each token of the chunk."""
-
-    def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
-        """Derivative [n, v] of each token's loss with respect to its tempered student logits in the slab."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One loss of a weighted sum; `name` is the key under which its own sum is reported."""
 
     name: str
-    loss: TokenLoss
+    loss: Loss
     weight: float = 1.0
 
 
@@ -155,7 +145,7 @@ class _Work:
     """Everything about a call that autograd does not see."""
 
     terms: tuple[Term, ...]
-    scale: float
+    divisor: float
     softcap: float | None
     teacher: Prediction | None
     top_k: TopKPrediction | None
@@ -192,7 +182,7 @@ def chunked_loss(
         taller = min(_TALLEST_WITH_TRAINED_HEAD, -(-hidden.shape[1] // (_TALL_ENOUGH * tokens)))
     work = _Work(
         terms=tuple(terms),
-        scale=student.head.scale,
+        divisor=student.head.divisor,
         softcap=student.head.softcap,
         teacher=_kept(teacher, keep) if isinstance(teacher, Prediction) else None,
         top_k=_kept_top_k(teacher, keep) if isinstance(teacher, TopKPrediction) else None,
@@ -237,7 +227,7 @@ class _Pass:
     ) -> None:
         self._work = work
         self._hidden, self._weight = hidden, weight
-        self._head = VocabularyHead(weight=weight, bias=bias, scale=work.scale, softcap=work.softcap)
+        self._head = OutputHead(weight=weight, bias=bias, divisor=work.divisor, softcap=work.softcap)
         self._dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.sums = [torch.zeros((), dtype=self._dtype, device=hidden.device) for _ in work.terms]
         self._wanted = any(wanted)
@@ -281,7 +271,7 @@ class _Pass:
                 gradient = own if gradient is None else gradient + own
             assert gradient is not None
             columns = slabs[0].columns
-            if self._work.softcap is not None or self._work.scale != 1.0:
+            if self._work.softcap is not None or self._work.divisor != 1.0:
                 gradient = gradient * self._head.slope(chunk.student_logits[:, columns].to(self._dtype))
             self._project(part, columns, gradient)
 
@@ -326,7 +316,7 @@ def _kept(teacher: Prediction, keep: Tensor) -> Prediction:
     """The teacher's rows that count, its head in the dtype of its hidden states."""
     hidden = teacher.hidden.detach().flatten(0, -2).index_select(0, keep)
     head = teacher.head.cast(hidden.dtype)
-    return Prediction(hidden=hidden, head=VocabularyHead(**{**vars(head), "weight": head.weight.detach()}))
+    return Prediction(hidden=hidden, head=replace(head, weight=head.weight.detach()))
 
 
 def _kept_top_k(teacher: TopKPrediction, keep: Tensor) -> TopKPrediction:

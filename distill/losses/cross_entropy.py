@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from .loss import LOSSES, Loss
 
-from ..losses.chunked import Chunk, Slab, Term, chunked_loss
-from ..losses.prediction import Prediction
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .chunked import Chunk, Slab
+    from .prediction import Prediction
 
 
+@LOSSES.add
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy:
+class CrossEntropy(Loss):
     """−ln p_student of the token that follows, at temperature 1, in nats."""
 
-    @property
-    def temperature(self) -> float:
-        return 1.0
+    name = "cross-entropy"
+    order = 3
+    figure = "CE"
+    needs_teacher = False
 
     def losses(self, chunk: Chunk) -> Tensor:
         return -chunk.student_log_probabilities_of(chunk.targets[:, None]).squeeze(1)
@@ -31,4 +37,6 @@ class CrossEntropy:
 
 def cross_entropy(student: Prediction, targets: Tensor, mask: Tensor) -> Tensor:
     """Sum of the cross entropy over the tokens that `mask` keeps; `targets` [...] int64, ids of the tokens that follow."""
+    from .chunked import Term, chunked_loss
+
     return chunked_loss([Term(name="cross_entropy", loss=CrossEntropy())], student, None, mask, targets).total

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from .loss import LOSSES, Loss, TemperedLoss
 
-from ..losses.chunked import Chunk, Slab, Term, chunked_loss
-from ..losses.prediction import Prediction
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .chunked import Chunk, Slab
+    from .prediction import Prediction
 
 
+@LOSSES.add
 @dataclass(frozen=True, kw_only=True)
-class ForwardKL:
-    """τ² · Σ p_teacher (ln p_teacher − ln p_student), both softmaxes at temperature τ, in nats.
+class ForwardKL(TemperedLoss):
+    """τ² · Σ p_teacher (ln p_teacher − ln p_student), both softmaxes at temperature τ, in nats."""
 
-    τ² keeps the size of the gradient where τ changes (Hinton et al. 2015, arXiv 1503.02531, section 2).
-    """
+    name = "forward-kl"
+    order = 0
+    figure = "KL"
 
-    temperature: float = 1.0
+    def of_top_k(self) -> Loss | None:
+        from .forward_kl_top_k import ForwardKLTopK
+
+        return ForwardKLTopK() if self.temperature == 1.0 else None
 
     def losses(self, chunk: Chunk) -> Tensor:
+        import torch
+
         parts = [(slab.teacher_p * (slab.teacher_logp - slab.student_logp)).sum(dim=1) for slab in chunk.slabs()]
         return torch.stack(parts).sum(dim=0) * self.temperature**2
 
@@ -30,5 +40,7 @@ class ForwardKL:
 
 def forward_kl(student: Prediction, teacher: Prediction, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Sum of KL(teacher ‖ student) over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
+    from .chunked import Term, chunked_loss
+
     term = Term(name="forward_kl", loss=ForwardKL(temperature=temperature))
     return chunked_loss([term], student, teacher, mask).total

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..losses.chunked import Chunk, Slab, Term, chunked_loss
-from ..losses.prediction import Prediction, TopKPrediction
+from .chunked import Chunk, Slab, Term, chunked_loss
+from .loss import Loss
+from .prediction import Prediction, TopKPrediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardKLTopK:
+class ForwardKLTopK(Loss):
     """Σ_K p_teacher (ln p_teacher − ln p_student) + r_teacher (ln r_teacher − ln r_student), in nats, at temperature 1;
     r is what is left of a distribution beside the K tokens."""
 
-    @property
-    def temperature(self) -> float:
-        return 1.0
+    name = "forward-kl"
+    figure = "KL"
 
     def losses(self, chunk: Chunk) -> Tensor:
         teacher_logp, student_logp = self._pair(chunk)

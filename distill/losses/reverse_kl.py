@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from .loss import LOSSES, TemperedLoss
 
-from ..losses.chunked import Chunk, Slab, Term, chunked_loss
-from ..losses.prediction import Prediction
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .chunked import Chunk, Slab
+    from .prediction import Prediction
 
 
+@LOSSES.add
 @dataclass(frozen=True, kw_only=True)
-class ReverseKL:
+class ReverseKL(TemperedLoss):
     """τ² · Σ p_student (ln p_student − ln p_teacher), both softmaxes at temperature τ, in nats."""
 
-    temperature: float = 1.0
+    name = "reverse-kl"
+    order = 1
+    figure = "reverse KL"
 
     def losses(self, chunk: Chunk) -> Tensor:
+        import torch
+
         parts = [(slab.student_p * (slab.student_logp - slab.teacher_logp)).sum(dim=1) for slab in chunk.slabs()]
         return torch.stack(parts).sum(dim=0) * self.temperature**2
 
@@ -28,5 +36,7 @@ class ReverseKL:
 
 def reverse_kl(student: Prediction, teacher: Prediction, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Sum of KL(student ‖ teacher) over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
+    from .chunked import Term, chunked_loss
+
     term = Term(name="reverse_kl", loss=ReverseKL(temperature=temperature))
     return chunked_loss([term], student, teacher, mask).total

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from xeco_convert.errors import OptionError, first_line
-from xeco_convert.options import ConvertOptions
 
 from ..options import DistillOptions, checked_mapping
 
@@ -36,13 +33,6 @@ class Recipe:
     source: str | None = None
     convert: Mapping[str, Any] | None = None
     shape: Mapping[str, Any] | None = None
-
-    def convert_options(self) -> ConvertOptions:
-        """How the student is made. Raises `OptionError`."""
-        try:
-            return ConvertOptions(**dict(self.convert or {}))
-        except TypeError as error:
-            raise OptionError(f"{self.name}: convert: {error}; expected options of xeco-convert.") from None
 
     def dry_run(self, options: DistillOptions) -> list[str]:
         """Commands, memory and time, from the shape alone."""
@@ -138,10 +128,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise OptionError(f"--config: {path}: expected a YAML mapping of options, found {type(data).__name__}.")
     return data
-
-
-@click.command()
-def recipes_command() -> None:
-    """List the recipes that --config takes by name."""
-    for name in recipe_names():
-        click.echo(f"{name:32}  {load_config(name).about}")

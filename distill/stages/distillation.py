@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,79 +16,22 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from xeco_convert.errors import OptionError
 
-from ..arguments import accumulation, batch_rows, learning_rate, training_arguments
-from ..attention import attention_modules
+from ..attention import balance_model
 from ..callbacks import ProgressReports, Report, StopRequests, TimeLimit
 from ..data import PackedRows
 from ..errors import InterruptedRunError
 from ..evaluation.quality import measure_kept, measure_quality
-from ..losses import JSD, CrossEntropy, ForwardKL, ForwardKLTopK, ReverseKL, Term
+from ..losses.terms import terms_of
 from ..options import DistillOptions
+from ..process import ProcessContext
+from ..resume import RunFolder
 from ..sharding import layer_classes
-from ..stages.layerwise import balance_model
 from ..teacher import KeptTeacher, Teacher, check_head
-from ..trainer import COMPLETE, DistillationTrainer, distillation_loss, last_checkpoint
-from ..work import RunFolder
+from ..trainable import choose_trained
+from ..trainer import DistillationTrainer, distillation_loss, last_checkpoint, remove_cut_off
+from ..training_arguments import accumulation, batch_rows, learning_rate, training_arguments
 
 _PROBED_STEPS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a stage runs: device, and its process among how many."""
-
-    device: torch.device
-    world: int
-    rank: int
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def shards(self, options: DistillOptions) -> bool:
-        """Whether models are sharded over the processes. On CPUs accelerate knows no FSDP2, and copies are trained."""
-        return self.world > 1 and options.sharding == "fsdp2" and self.device.type == "cuda"
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world > 1:
-            torch.distributed.barrier()
-
-
-def loss_terms(options: DistillOptions) -> tuple[Term, ...]:
-    """The loss that the options ask for, as a weighted sum."""
-    if options.loss == "cross-entropy":
-        return (Term(name="cross_entropy", loss=CrossEntropy()),)
-    temperature = options.temperature
-    if options.top_k is not None:
-        divergence = Term(name="forward_kl", loss=ForwardKLTopK(), weight=1 - options.ce_weight)
-    elif options.loss == "forward-kl":
-        divergence = Term(name="forward_kl", loss=ForwardKL(temperature=temperature), weight=1 - options.ce_weight)
-    elif options.loss == "reverse-kl":
-        divergence = Term(name="reverse_kl", loss=ReverseKL(temperature=temperature), weight=1 - options.ce_weight)
-    else:
-        jsd = JSD(beta=options.jsd_beta, temperature=temperature)
-        divergence = Term(name="jsd", loss=jsd, weight=1 - options.ce_weight)
-    mix = (Term(name="cross_entropy", loss=CrossEntropy(), weight=options.ce_weight),) if options.ce_weight else ()
-    return (divergence, *mix)
-
-
-def choose_trained(model: Any, train: str) -> int:
-    """Mark what is trained: attention (of converted layers), norms (and all norms), or all. Returns how many numbers."""
-    attention = {parameter for module in attention_modules(model).values() for parameter in module.parameters()}
-    norms = {
-        parameter
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for parameter in module.parameters(recurse=False)
-    }
-    chosen = attention | norms if train == "norms" else attention
-    for parameter in model.parameters():
-        parameter.requires_grad_(train == "all" or parameter in chosen)
-    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if trained == 0:
-        raise OptionError("--train: this model has no converted layer to train; use --train all.")
-    return trained
 
 
 class DistillationStage:
@@ -104,7 +44,7 @@ class DistillationStage:
         rows: tuple[PackedRows, PackedRows],
         work: RunFolder,
         options: DistillOptions,
-        place: Place,
+        process: ProcessContext,
         report: Report,
         *,
         release_teacher: Callable[[], None] = lambda: None,
@@ -115,10 +55,10 @@ class DistillationStage:
         if options.balance:
             balance_model(student)
         choose_trained(student, options.train)
-        self._student = student if place.shards(options) else student.to(place.device)
+        self._student = student if process.shards(options.sharding) else student.to(process.device)
         self._teacher, self._release = teacher, release_teacher
         self._rows, self._held_out = rows
-        self._work, self._options, self._place, self._report = work, options, place, report
+        self._work, self._options, self._process, self._report = work, options, process, report
         self._folder = work.path("kl")
         self._held_out_teacher: KeptTeacher | None = None
 
@@ -126,7 +66,7 @@ class DistillationStage:
         """Train, or go on training, and save the student to `result`. Raises `InterruptedRunError` where the user stops it,
         `HealingError` where the loss is no number or the disk is full."""
         options = self._options
-        remove_cut_off(self._folder, self._place)
+        remove_cut_off(self._folder, self._process)
         max_steps = self._max_steps()
         teacher = self._source_of_predictions()
         stop, limit = StopRequests(), self._time_limit()
@@ -134,7 +74,7 @@ class DistillationStage:
         began = last_checkpoint(self._folder)
         with stop.listening():
             trainer.train(resume_from_checkpoint=None if began is None else str(began))
-        if self._place.is_main:
+        if self._process.is_main:
             self._work.write_json("kl-time.json", {"seconds": limit.spent})
         step = trainer.state.global_step
         if stop.stopped:
@@ -145,17 +85,18 @@ class DistillationStage:
         trainer.save_model(str(result))
         self._student.__dict__.pop("forward", None)
         history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        per_step = batch_rows(options) * self._place.world * accumulation(options) * self._rows.length
+        per_step = batch_rows(options) * self._process.world * accumulation(options) * self._rows.length
         return {"steps": step, "tokens": step * per_step, "learning_rate": self._rate(), "history": history}
 
     def _source_of_predictions(self) -> Teacher | KeptTeacher | None:
-        """Who predicts in training. What is kept of the teacher takes its place in memory, for measuring as well."""
+        """Who predicts in training: the teacher, or with --top-k its predictions on disk. These also serve for measuring then, so
+        that the teacher is no longer needed in memory."""
         if self._options.top_k is not None:
             self._held_out_teacher = self._kept_predictions("held-out", self._held_out, self._options.top_k)
             kept = self._kept_predictions("train", self._rows, self._options.top_k)
             self._release()
             return kept
-        return None if self._options.loss == "cross-entropy" else self._teacher()
+        return self._teacher() if self._options.objective.needs_teacher else None
 
     def _rate(self) -> float:
         return learning_rate(self._options, self._student.config.hidden_size)
@@ -163,17 +104,17 @@ class DistillationStage:
     def _trainer(
         self, teacher: Teacher | KeptTeacher | None, max_steps: int, callbacks: list[TrainerCallback]
     ) -> DistillationTrainer:
-        options, place = self._options, self._place
+        options, process = self._options, self._process
         arguments = training_arguments(
             TrainingArguments,
             options,
             self._folder,
             max_steps=max_steps,
             rate=self._rate(),
-            fsdp_layers=layer_classes(self._student) if place.shards(options) else None,
-            on_cuda=place.device.type == "cuda",
+            fsdp_layers=layer_classes(self._student) if process.shards(options.sharding) else None,
+            on_cuda=process.device.type == "cuda",
         )
-        per_step = batch_rows(options) * place.world * accumulation(options) * self._rows.length
+        per_step = batch_rows(options) * process.world * accumulation(options) * self._rows.length
         callbacks = [*callbacks, ProgressReports(self._report, per_step, "kl")]
         if options.patience is not None:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.patience))
@@ -182,7 +123,7 @@ class DistillationStage:
             args=arguments,
             rows=self._rows,
             held_out=self._held_out,
-            terms=loss_terms(options),
+            terms=terms_of(options),
             teacher=teacher,
             measure=self._measure,
             callbacks=callbacks,
@@ -204,21 +145,21 @@ class DistillationStage:
         kept = self._work.read_json("kl-steps.json")
         if kept is not None:
             return int(kept["max_steps"])
-        options, place = self._options, self._place
-        per_step = batch_rows(options) * place.world * accumulation(options) * self._rows.length
+        options, process = self._options, self._process
+        per_step = batch_rows(options) * process.world * accumulation(options) * self._rows.length
         if options.budget_minutes is None or options.budget_tokens is not None:
             steps = math.ceil(options.tokens / per_step)
-        elif place.world > 1:
+        elif process.world > 1:
             raise OptionError("--budget-minutes: on several devices it needs --budget-tokens beside it; add them.")
         else:
             steps = max(1, int(0.95 * 60 * options.budget_minutes / self._seconds_per_step()))
-        if place.is_main:
+        if process.is_main:
             self._work.write_json("kl-steps.json", {"max_steps": steps})
         return steps
 
     def _seconds_per_step(self) -> float:
         """Median time of a step's forward and backward on real rows; no weight changes."""
-        terms, device, times = loss_terms(self._options), self._place.device, []
+        terms, device, times = terms_of(self._options), self._process.device, []
         for _ in range(_PROBED_STEPS):
             began = time.monotonic()
             for batch in range(accumulation(self._options)):
@@ -237,21 +178,21 @@ class DistillationStage:
         kinds = {"ids": np.int32, "log_probabilities": np.float32}
         files = {name: self._work.path(f"top-k-{what}-{name}.bin") for name in kinds}
         if self._work.read_json(f"top-k-{what}.json") is None:
-            if self._place.is_main:
+            if self._process.is_main:
                 for name, kind in kinds.items():
                     np.memmap(files[name], kind, "w+", shape=shape).flush()
-            self._place.barrier()
+            self._process.barrier()
             arrays = {name: np.memmap(files[name], kind, "r+", shape=shape) for name, kind in kinds.items()}
-            for start in range(0, shape[0], self._place.world):
+            for start in range(0, shape[0], self._process.world):
                 # a sharded teacher needs every process in every forward
-                number = min(start + self._place.rank, shape[0] - 1)
+                number = min(start + self._process.rank, shape[0] - 1)
                 ids, logp = self._top_k_of(rows[number], shape[2])
                 arrays["ids"][number], arrays["log_probabilities"][number] = ids.numpy(), logp.numpy()
-                self._report("teacher's top-k", min(1.0, (start + self._place.world) / shape[0]), {})
+                self._report("teacher's top-k", min(1.0, (start + self._process.world) / shape[0]), {})
             for array in arrays.values():
                 array.flush()
-            self._place.barrier()
-            if self._place.is_main:
+            self._process.barrier()
+            if self._process.is_main:
                 self._work.write_json(f"top-k-{what}.json", {"shape": shape})
         read = {name: np.memmap(files[name], kind, "r", shape=shape) for name, kind in kinds.items()}
         return KeptTeacher(read["ids"], read["log_probabilities"])
@@ -270,17 +211,3 @@ class DistillationStage:
 def _inside(model: Any, work: Any, *arguments: Any) -> Any:
     """Work on a model whose forward runs what it is given: wrappers have its weights whole there."""
     return model(work, *arguments)
-
-
-def remove_cut_off(folder: Path, place: Place) -> None:
-    """Delete checkpoints that a kill cut off, so that nothing mistakes them for whole ones."""
-    if place.is_main and folder.is_dir():
-        for path in folder.glob("checkpoint-*"):
-            if not (path / COMPLETE).is_file():
-                shutil.rmtree(path, ignore_errors=True)
-    place.barrier()
-
-
-def fidelity_dict(found: Any) -> dict[str, Any]:
-    """JSON types, the gap in nats with them."""
-    return {**dataclasses.asdict(found), "gap": found.gap}

@@ -23,14 +23,13 @@ from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.calibration.windows import windows_of_documents
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize.attention import AttentionContext, mla_output
-from xeco_convert.factorize.balance import balance_scales
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.files import write_whole
 from xeco_convert.refine import LayerRefinement, RefineOptions
 from xeco_convert.source import open_source
 from xeco_convert.source_attention import read_attention
 
-from ..attention import attention_modules, attention_prefixes, layer_shape, student_family, weights_of
+from ..attention import attention_prefixes, layer_shape, student_family
 from ..data import PackedRows
 from ..options import DistillOptions
 
@@ -203,14 +202,6 @@ def own_rotary_tables(config: Any, width: int, length: int) -> tuple[Tensor, Ten
         rotary_class = type(AutoModel.from_config(config).rotary_emb)
     cos, sin = rotary_class(config=own)(torch.zeros(1, 1, 1), torch.arange(length)[None])
     return cos, sin
-
-
-def balance_model(model: Any) -> None:
-    """Settle the free scales of all converted layers of a model in place; it computes the same."""
-    config = model.config
-    for number, attention in attention_modules(model).items():
-        balanced = balance_scales(weights_of(attention, config, number), config.num_attention_heads)
-        attention.load_state_dict(balanced.state_dict())
 
 
 def same_outside_attention(student: CheckpointIndex, source: CheckpointIndex) -> str | None:

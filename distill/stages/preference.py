@@ -18,15 +18,16 @@ from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.pretrained import load_causal_lm
 from xeco_convert.tokenizer import load_tokenizer
 
-from ..arguments import accumulation, batch_rows, training_arguments
 from ..callbacks import ProgressReports, Report, StopRequests
 from ..errors import DataError, HealingError, InterruptedRunError
 from ..options import DistillOptions
 from ..plan import HealingPlan
+from ..process import ProcessContext
+from ..resume import RunFolder
 from ..sharding import layer_classes
-from ..stages.distillation import Place, choose_trained, remove_cut_off
-from ..trainer import MarkWhole, WholeLoading, last_checkpoint
-from ..work import RunFolder
+from ..trainable import choose_trained
+from ..trainer import MarkWhole, WholeLoading, last_checkpoint, remove_cut_off
+from ..training_arguments import accumulation, batch_rows, training_arguments
 
 _FIELDS = ("prompt", "chosen", "rejected")
 _HELD_OUT_SHARE = 0.05
@@ -43,7 +44,7 @@ _OF_KL = (
 
 
 def prefer(
-    start: Path, result: Path, plan: HealingPlan, work: RunFolder, place: Place, report: Report
+    start: Path, result: Path, plan: HealingPlan, work: RunFolder, process: ProcessContext, report: Report
 ) -> dict[str, Any]:
     """Train the model in `start` on preferences, against itself as it was, and save it to `result`.
 
@@ -56,10 +57,10 @@ def prefer(
     policy, reference = load_causal_lm(start, torch.float32), load_causal_lm(start, torch.float32)
     choose_trained(policy, options.train)
     folder = work.path("dpo")
-    remove_cut_off(folder, place)
-    per_step = batch_rows(options) * place.world * accumulation(options)
+    remove_cut_off(folder, process)
+    per_step = batch_rows(options) * process.world * accumulation(options)
     max_steps = math.ceil(len(chosen) / per_step)
-    arguments = _arguments(dpo.DPOConfig, options, folder, max_steps, policy, place, plan.seq_length)
+    arguments = _arguments(dpo.DPOConfig, options, folder, max_steps, policy, process, plan.seq_length)
     stop = StopRequests()
     callbacks: list[TrainerCallback] = [
         *(stop, MarkWhole(), _StopAtNan(), ProgressReports(report, per_step * plan.seq_length, "dpo"))
@@ -152,20 +153,25 @@ def _split(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[di
 
 
 def _arguments(
-    kind: type[Any], options: DistillOptions, folder: Path, max_steps: int, policy: Any, place: Place, length: int
+    kind: type[Any],
+    options: DistillOptions,
+    folder: Path,
+    max_steps: int,
+    policy: Any,
+    process: ProcessContext,
+    length: int,
 ) -> Any:
-    import dataclasses
 
     settings = {key: value for key, value in options.trainer.items() if "." not in key and key not in _OF_KL}
     settings |= {key.removeprefix("dpo."): value for key, value in options.trainer.items() if key.startswith("dpo.")}
-    on_cuda = place.device.type == "cuda"
+    on_cuda = process.device.type == "cuda"
     return training_arguments(
         kind,
-        dataclasses.replace(options, trainer=settings, patience=None),
+        options.replace(trainer=settings, patience=None),
         folder,
         max_steps=max_steps,
         rate=options.dpo_learning_rate,
-        fsdp_layers=layer_classes(policy) if place.shards(options) else None,
+        fsdp_layers=layer_classes(policy) if process.shards(options.sharding) else None,
         on_cuda=on_cuda,
         beta=options.dpo_beta,
         max_length=length,

@@ -158,7 +158,7 @@ def test_values_beyond_float16_are_refused_with_the_dtypes_that_hold_them(
 
 def test_distill_needs_a_converted_folder(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from xeco_convert.commandline.run import run_command
-    from xeco_distill.cli import distill_command
+    from xeco_distill.cli.heal import distill_command
 
     with pytest.raises(SystemExit) as done:
         run_command(distill_command, [str(source)], "xeco-distill")

@@ -15,7 +15,8 @@ from test_trainer import uneven_rows
 
 from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.evaluation.quality import measure_quality
-from xeco_distill.losses import ForwardKL, Term
+from xeco_distill.losses.chunked import Term
+from xeco_distill.losses.forward_kl import ForwardKL
 from xeco_distill.sharding import shard
 from xeco_distill.teacher import Teacher
 from xeco_distill.trainer import distillation_loss, run_inside

@@ -18,15 +18,16 @@ from transformers import TrainingArguments
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.families import supported_model_types
 from xeco_convert.pretrained import load_causal_lm
-from xeco_distill.cli import distill_command
+from xeco_distill.attention import balance_model
+from xeco_distill.cli.evaluate import eval_command
+from xeco_distill.cli.heal import distill_command
 from xeco_distill.data import Document, RowWriter
-from xeco_distill.evaluation.command import eval_command
 from xeco_distill.options import DistillOptions
 from xeco_distill.pipeline import heal
 from xeco_distill.plan import Sizes, estimate, make_healing_plan
-from xeco_distill.stages.distillation import choose_trained
-from xeco_distill.stages.layerwise import LayerwiseStage, balance_model
+from xeco_distill.stages.layerwise import LayerwiseStage
 from xeco_distill.teacher import hidden_states
+from xeco_distill.trainable import choose_trained
 from xeco_distill.trainer import DistillationTrainer, WholeLoading
 
 # two steps of the kl stage and of each layer; what a newer transformers will drop must not be used

@@ -222,12 +222,12 @@ def test_a_full_disk_loses_nothing(
         with pytest.raises(HealingError, match=r"could not be saved \(No space left on device\).*checkpoint-4"):
             heal(out, quick(data=str(text)))
     else:
-        import xeco_distill.result
+        import xeco_distill.publish
 
         def copy_file(*_arguments: Any) -> None:
             raise full
 
-        monkeypatch.setattr(xeco_distill.result.CheckpointWriter, "copy_file", copy_file)
+        monkeypatch.setattr(xeco_distill.publish.CheckpointWriter, "copy_file", copy_file)
         with pytest.raises(Exception, match="No space left on device"):
             heal(out, quick(data=str(text)))
     monkeypatch.undo()

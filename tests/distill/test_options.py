@@ -9,7 +9,9 @@ import click
 import pytest
 
 from xeco_convert.errors import OptionError
-from xeco_distill.cli import distill_command, main, merge_options
+from xeco_convert.options import ConvertOptions
+from xeco_distill.cli import main
+from xeco_distill.cli.heal import distill_command, merge_options
 from xeco_distill.options import DistillOptions
 from xeco_distill.recipes import load_config, recipe_names
 
@@ -86,7 +88,7 @@ def test_the_published_runs_are_there() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_config(name)
-    converting, options = recipe.convert_options(), merge_options(recipe.options, {})
+    converting, options = ConvertOptions(**dict(recipe.convert or {})), merge_options(recipe.options, {})
     assert converting.init == name.rpartition("-")[2]
     assert options.seq_length == 2048 and options.trainer["lr_scheduler_type"] == "cosine"
     if converting.init == "paper":
@@ -149,7 +151,7 @@ def test_a_setting_that_transformers_does_not_have_gets_a_hint(out: Path, text: 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from xeco_distill.cli import require_extras
+    from xeco_distill.cli.heal import require_extras
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"xeco-distill needs accelerate: pip install 'xeco-convert\[distill\]'"):

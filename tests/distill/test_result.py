@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xeco_convert.checkpoint import CheckpointIndex
-from xeco_distill.result import write_checkpoint
+from xeco_distill.publish import write_checkpoint
 
 
 def test_what_was_saved_under_another_name_is_not_lost(out: Path, tmp_path: Path) -> None:

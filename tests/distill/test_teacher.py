@@ -18,7 +18,7 @@ from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.errors import DataError, TeacherError
 from xeco_distill.pipeline import heal
 from xeco_distill.plan import make_healing_plan
-from xeco_distill.teacher import check_head, check_vocabulary, find_teacher, vocabulary_head
+from xeco_distill.teacher import check_head, check_vocabulary, find_teacher, output_head
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -156,7 +156,7 @@ def test_scaled_and_capped_logits_are_those_of_the_models_own_forward(name: str,
     config = getattr(transformers, f"{name}Config")(**sizes, **fields)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     check_head(model, name)
-    assert vocabulary_head(model, 60).weight.shape == (60, 32)
+    assert output_head(model, 60).weight.shape == (60, 32)
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from torch.nn import functional
 from transformers import TrainingArguments
 
 from xeco_convert.pretrained import load_causal_lm
-from xeco_distill.arguments import learning_rate, training_arguments
+from xeco_distill.attention import balance_model
 from xeco_distill.data import PackedRows
+from xeco_distill.losses.terms import terms_of
 from xeco_distill.options import DistillOptions
 from xeco_distill.plan import Sizes, estimate
-from xeco_distill.stages.distillation import choose_trained, loss_terms
-from xeco_distill.stages.layerwise import balance_model
 from xeco_distill.teacher import KeptTeacher, Teacher
+from xeco_distill.trainable import choose_trained
 from xeco_distill.trainer import DistillationTrainer
+from xeco_distill.training_arguments import learning_rate, training_arguments
 
 
 def uneven_rows(count: int = 4, length: int = 24) -> PackedRows:
@@ -61,7 +62,7 @@ def trained(student: Path, teacher: Any, folder: Path, rows: int, batches: int, 
         args=arguments,
         rows=uneven_rows(),
         held_out=uneven_rows(),
-        terms=loss_terms(options),
+        terms=terms_of(options),
         teacher=teacher,
         measure=lambda model: {},
         callbacks=[],

@@ -6,7 +6,8 @@ Letters: W windows, T tokens, n predictions, X hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Fidelity:
     def gap(self) -> float:
         """What the conversion costs, in nats per token: ln(perplexity / perplexity_source)."""
         return math.log(self.perplexity / self.perplexity_source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types, the gap with them."""
+        return asdict(self) | {"gap": self.gap}
 
 
 def prediction_sums(source_logits: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.checkpoint.companions import TOKENIZER_CONFIG, tokenizer_settings
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.errors import CheckpointError, XecoWarning
-from xeco_convert.tokenizer.loading import TokenizerPlace, quiet
+from xeco_convert.tokenizer.loading import TokenizerFiles, quiet
 from xeco_convert.tokenizer.probes import first_difference
 
 # The class that reads tokenizer.json as it is, under the name that every version of transformers knows.
@@ -42,11 +42,11 @@ def prepared_companions(index: CheckpointIndex, config: Mapping[str, Any], *, st
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(index.folder / relative, folder / relative)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        keep_tokenizer(TokenizerPlace.of(index), folder, stock=stock)
+        keep_tokenizer(TokenizerFiles.of(index), folder, stock=stock)
         yield folder
 
 
-def keep_tokenizer(source: TokenizerPlace, folder: Path, *, settings: bool = True, stock: bool = False) -> None:
+def keep_tokenizer(source: TokenizerFiles, folder: Path, *, settings: bool = True, stock: bool = False) -> None:
     """Change the tokenizer files of `folder`, as little as is needed, until it gives the ids that `source` gives.
 
     `stock`: for other engines as well, which read tokenizer.json whatever class is named. A source without tokenizer is left
@@ -94,7 +94,7 @@ def _configured(folder: Path) -> str | None:
 
 def _difference(reference: Any, folder: Path, *, settings: bool, stock: bool) -> str | None:
     """The first difference between the reference and any way in which the folder's tokenizer is loaded."""
-    place = TokenizerPlace(folder=folder)
+    place = TokenizerFiles(folder=folder)
     ways = [place.load, place.load_without_package]
     if _has_backend(reference):
         ways += [place.load_saved_again, *([place.load_backend] if stock else [])]
@@ -128,7 +128,7 @@ def _name_class(folder: Path, name: str) -> None:
     (folder / TOKENIZER_CONFIG).write_text(_json_text(settings), encoding="utf-8")
 
 
-def _write_resolved(source: TokenizerPlace, folder: Path) -> None:
+def _write_resolved(source: TokenizerFiles, folder: Path) -> None:
     """Replace the files by what the source resolves to: its rules whole in tokenizer.json, its settings beside it."""
     tokenizer = source.load()  # anew: the one that answered probes has set its padding and truncation back
     with tempfile.TemporaryDirectory(prefix="xeco-tokenizer-") as place:

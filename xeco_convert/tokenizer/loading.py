@@ -17,7 +17,7 @@ from xeco_convert.errors import CheckpointError, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerPlace:
+class TokenizerFiles:
     """Where a tokenizer is: its files, and the hub id and commit where it has them: transformers decides by the id too."""
 
     folder: Path
@@ -25,7 +25,7 @@ class TokenizerPlace:
     revision: str | None = None
 
     @classmethod
-    def of(cls, index: CheckpointIndex) -> TokenizerPlace:
+    def of(cls, index: CheckpointIndex) -> TokenizerFiles:
         return cls(folder=index.folder, hub_id=index.hub_id, revision=index.revision)
 
     @property
@@ -64,7 +64,7 @@ class TokenizerPlace:
             with self.explained(), quiet():
                 tokenizer.save_pretrained(place)
             shutil.copyfile(self.folder / "config.json", Path(place) / "config.json")
-            return TokenizerPlace(folder=Path(place)).load()
+            return TokenizerFiles(folder=Path(place)).load()
 
     def load_backend(self) -> Any:
         """What tokenizer.json says, whatever class is named beside it: how engines read it."""
@@ -102,7 +102,7 @@ def tokenizer_errors(explained: Callable[[str], CheckpointError]) -> Iterator[No
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Raises `CheckpointError` where it has none that loads."""
-    return TokenizerPlace(folder=folder).load()
+    return TokenizerFiles(folder=folder).load()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from xeco_distill.card import replace_section
 from xeco_distill.cli import main
 from xeco_distill.data import Document, RowWriter
 from xeco_distill.errors import DataError
-from xeco_distill.evaluation.command import EvalOptions, evaluate_checkpoint
+from xeco_distill.evaluation.checkpoint import EvalOptions, evaluate_checkpoint
 from xeco_distill.evaluation.needle import DEPTHS, Trial, make_trial, retrieval, trials
 from xeco_distill.evaluation.quality import measure_quality
 from xeco_distill.teacher import Teacher

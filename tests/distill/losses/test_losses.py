@@ -9,20 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xeco_distill.losses import (
-    JSD,
-    CrossEntropy,
-    ForwardKL,
-    ForwardKLTopK,
-    Prediction,
-    ReverseKL,
-    Term,
-    TopKPrediction,
-    VocabularyHead,
-    chunked_loss,
-    forward_kl,
-)
-from xeco_distill.losses.chunked import TokenLoss
+from xeco_convert.quality import OutputHead
+from xeco_distill.losses import Loss
+from xeco_distill.losses.chunked import Term, chunked_loss
+from xeco_distill.losses.cross_entropy import CrossEntropy
+from xeco_distill.losses.forward_kl import ForwardKL, forward_kl
+from xeco_distill.losses.forward_kl_top_k import ForwardKLTopK
+from xeco_distill.losses.jsd import JSD
+from xeco_distill.losses.prediction import Prediction, TopKPrediction
+from xeco_distill.losses.reverse_kl import ReverseKL
 
 VOCABULARY, HIDDEN, TEACHER_HIDDEN, TOKENS = 29, 7, 5, 11
 
@@ -31,17 +26,19 @@ def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def predictions(softcap: float | None = None, scale: float = 1.0, bias: bool = False) -> tuple[Prediction, Prediction]:
-    head = VocabularyHead(
+def predictions(
+    softcap: float | None = None, divisor: float = 1.0, bias: bool = False
+) -> tuple[Prediction, Prediction]:
+    head = OutputHead(
         weight=draw(VOCABULARY, HIDDEN, seed=1),
         bias=draw(VOCABULARY, seed=5) if bias else None,
         softcap=softcap,
-        scale=scale,
+        divisor=divisor,
     )
     student = Prediction(hidden=draw(1, TOKENS, HIDDEN, seed=2), head=head)
     teacher = Prediction(
         hidden=draw(1, TOKENS, TEACHER_HIDDEN, seed=3),
-        head=VocabularyHead(weight=draw(VOCABULARY, TEACHER_HIDDEN, seed=4)),
+        head=OutputHead(weight=draw(VOCABULARY, TEACHER_HIDDEN, seed=4)),
     )
     return student, teacher
 
@@ -70,13 +67,13 @@ def plain_ce(z_s: Tensor, z_t: Tensor) -> Tensor:
 
 
 Plain = Callable[[Tensor, Tensor], Tensor]
-CASES: dict[str, tuple[TokenLoss, Plain]] = {
+CASES: dict[str, tuple[Loss, Plain]] = {
     "forward": (ForwardKL(), lambda s, t: plain_forward_kl(s, t, 1.0)),
     "forward, warm": (ForwardKL(temperature=2.0), lambda s, t: plain_forward_kl(s, t, 2.0)),
     "reverse": (ReverseKL(), lambda s, t: plain_reverse_kl(s, t, 1.0)),
     "reverse, cold": (ReverseKL(temperature=0.7), lambda s, t: plain_reverse_kl(s, t, 0.7)),
     "jsd": (JSD(), lambda s, t: plain_jsd(s, t, 1.0, 0.5)),
-    "jsd, 0.1, warm": (JSD(beta=0.1, temperature=1.5), lambda s, t: plain_jsd(s, t, 1.5, 0.1)),
+    "jsd, 0.1, warm": (JSD(jsd_beta=0.1, temperature=1.5), lambda s, t: plain_jsd(s, t, 1.5, 0.1)),
     "cross entropy": (CrossEntropy(), plain_ce),
 }
 
@@ -105,15 +102,15 @@ def test_loss_and_gradients_equal_the_plain_formula(name: str, chunks: tuple[int
 
 
 @pytest.mark.parametrize("name", [*CASES, "top-k"])
-@pytest.mark.parametrize("kind", ["plain", "bias, softcap and scale"])
+@pytest.mark.parametrize("kind", ["plain", "bias, softcap and divisor"])
 def test_gradcheck(name: str, kind: str) -> None:
     special = kind != "plain"
-    student, teacher = predictions(softcap=3.0 if special else None, scale=0.6 if special else 1.0, bias=special)
+    student, teacher = predictions(softcap=3.0 if special else None, divisor=0.6 if special else 1.0, bias=special)
     loss = ForwardKLTopK() if name == "top-k" else CASES[name][0]
     other = top_k(teacher, 6) if name == "top-k" else teacher
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        head = VocabularyHead(weight=weight, bias=bias, softcap=student.head.softcap, scale=student.head.scale)
+        head = OutputHead(weight=weight, bias=bias, softcap=student.head.softcap, divisor=student.head.divisor)
         prediction = Prediction(hidden=hidden, head=head)
         return chunked_loss(
             [Term(name="it", loss=loss)], prediction, other, MASK, TARGETS, tokens_per_chunk=4, vocabulary_per_chunk=10
@@ -203,7 +200,7 @@ def test_bfloat16_is_as_close_to_float64_as_the_plain_formula_in_bfloat16() -> N
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_weights() -> None:
     student, teacher = predictions()
     hidden, weight = student.hidden.float().requires_grad_(True), student.head.weight.float().requires_grad_(True)
-    prediction = Prediction(hidden=hidden, head=VocabularyHead(weight=weight))
+    prediction = Prediction(hidden=hidden, head=OutputHead(weight=weight))
     other = Prediction(hidden=teacher.hidden.float(), head=teacher.head.cast(torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total = forward_kl(prediction, other, MASK)

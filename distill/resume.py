@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -81,7 +80,7 @@ class RunFolder:
 
 def fingerprint(student: CheckpointIndex, teacher: str, options: DistillOptions, world: int) -> str:
     """What the results of a run depend on: weights, teacher, data, options, processes, version."""
-    given = {key: value for key, value in dataclasses.asdict(options).items() if key not in _WITHOUT_INFLUENCE}
+    given = {key: value for key, value in options.values().items() if key not in _WITHOUT_INFLUENCE}
     files = {path: path.stat() for path in set(student.files.values())}
     facts = {
         "version": __version__,

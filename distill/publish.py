@@ -18,7 +18,7 @@ from xeco_convert.checkpoint.format import REPORT_FILE
 from xeco_convert.checkpoint.index import read_json
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.files import write_text_whole
-from xeco_convert.tokenizer import TokenizerPlace, keep_tokenizer
+from xeco_convert.tokenizer import TokenizerFiles, keep_tokenizer
 
 from .card import healing_section, replace_section
 
@@ -48,7 +48,7 @@ def write_checkpoint(student: CheckpointIndex, trained: CheckpointIndex, target:
         for name in (REPORT_FILE, "README.md", "config.json"):
             if (student.folder / name).is_file():
                 writer.copy_file(student.folder / name, Path(name))
-        keep_tokenizer(TokenizerPlace.of(student), writer.folder)
+        keep_tokenizer(TokenizerFiles.of(student), writer.folder)
 
 
 def record(folder: Path, healing: dict[str, Any]) -> None:

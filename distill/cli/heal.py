@@ -1,22 +1,25 @@
-"""The command `xeco-distill`: argv -> options -> call. The only place with prints and progress bars."""
+"""`xeco-distill OUT`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from xeco_convert.commandline.output import json_option, quiet_option, write_json
 from xeco_convert.commandline.progress import progress
-from xeco_convert.commandline.run import Replaced, run_command, say_when_interrupted
-from xeco_convert.errors import OptionError, OutputError
+from xeco_convert.commandline.run import Replaced, say_when_interrupted
+from xeco_convert.errors import OptionError
+from xeco_convert.settings import choices_of, default_of, flag_of, help_of
 
-from .options import DistillOptions, checked_mapping
+from ..options import DistillOptions, checked_mapping
+
+if TYPE_CHECKING:
+    from ..pipeline import HealingReport
 
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 _EXTRAS = {"accelerate": "distill", "yaml": "distill"}
@@ -30,34 +33,39 @@ Result on stdout, progress and messages on stderr. Exit code 2: change the comma
 run is continued by the same command."""
 
 
-def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One click option for each field of DistillOptions. Defaults stay with the fields: None means not given."""
-    for item in reversed(dataclasses.fields(DistillOptions)):
-        if item.name == "trainer":
-            continue
-        flag, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
-        if item.type == "bool":
-            if item.default:
-                flag = f"{flag}/--no-{item.name.replace('_', '-')}"
-            command = click.option(flag, default=None, is_flag=True, help=text)(command)
-            continue
-        choices = item.metadata["choices"]
-        shown = "" if item.default is None else f" [{item.default}]"
-        command = click.option(
-            flag,
-            type=click.Choice(choices) if choices else _TYPES[str(item.type).removesuffix(" | None")],
-            metavar=item.metadata["metavar"],
-            help=f"{text}{shown}",
-        )(command)
-    return command
+class HealCommand(click.Command):
+    """With a flag for each option of a healing run, behind its arguments: those that are registered when it is run."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)
+        config = next(number for number, parameter in enumerate(own) if parameter.name == "config") + 1
+        return [*own[:config], *map(_flag, DistillOptions.fields().values()), *own[config:]]
 
 
-@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
+def _flag(item: dataclasses.Field[Any]) -> click.Option:
+    """Defaults stay with the fields: None means not given."""
+    flag, default = flag_of(item.name), default_of(item)
+    if item.type == "bool":
+        return click.Option(
+            [f"{flag}/--no-{item.name.replace('_', '-')}" if default else flag],
+            default=None,
+            is_flag=True,
+            help=help_of(item),
+        )
+    choices = choices_of(item)
+    return click.Option(
+        [flag],
+        type=click.Choice(choices) if choices else _TYPES[str(item.type).removesuffix(" | None")],
+        metavar=item.metadata["metavar"],
+        help=help_of(item) + ("" if default is None else f" [{default}]"),
+    )
+
+
+@click.command(cls=HealCommand, epilog=_EPILOG, context_settings={"max_content_width": 110})
 @click.argument("folder", metavar="OUT", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--config", metavar="FILE", help="YAML file with options, or a recipe's name; options given beside it win."
 )
-@_with_options
 @click.option(
     "--trainer",
     "settings",
@@ -68,14 +76,8 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan, memory and time, and stop; with a recipe OUT may be left out."
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Also write the report here.",
-)
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@json_option("Also write the report here.")
+@quiet_option
 def distill_command(
     folder: Path | None,
     config: str | None,
@@ -87,7 +89,7 @@ def distill_command(
 ) -> None:
     """Heal the converted checkpoint OUT by distillation from its source. With nothing else given, everything else is
     chosen: the teacher is the source recorded in OUT, the text is sampled from it."""
-    from .recipes import load_config
+    from ..recipes import load_config
 
     recipe = load_config(config) if config is not None else None
     options = merge_options({} if recipe is None else recipe.options, fields, settings)
@@ -97,27 +99,24 @@ def distill_command(
         for line in recipe.dry_run(options):
             click.echo(line)
         return
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OutputError(f"--json: {json_file} cannot be written (no such folder); create it first.")
     require_extras()
     _show_plan(folder, options, dry_run=dry_run, quiet=quiet)
     if dry_run:
         return
     from transformers.utils import logging
 
-    from .pipeline import heal, work_place
+    from ..pipeline import heal, work_place
 
     say_when_interrupted(_interrupted(folder, work_place(folder.absolute(), options), options))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # other bars would run into this command's
     logging.disable_progress_bar()
     with progress(quiet or not is_main_process(), by_stage=True) as report:
-        found = heal(folder, options, report=report)
+        healed = heal(folder, options, report=report)
     if not is_main_process():
         return
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(json_file, healed.to_dict())
     if not quiet:
-        _show_report(found)
+        _show_report(healed)
 
 
 def _interrupted(folder: Path, work: Path, options: DistillOptions) -> Callable[[], str]:
@@ -177,17 +176,10 @@ def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: b
         return
     import torch
 
-    from .pipeline import work_place
-    from .plan import (
-        Sizes,
-        describe,
-        describe_estimate,
-        estimate,
-        make_healing_plan,
-        measured_flops,
-        refuse_foreign_folder,
-    )
-    from .result import recover
+    from ..pair import refuse_foreign_folder
+    from ..pipeline import work_place
+    from ..plan import Sizes, describe, describe_estimate, estimate, make_healing_plan, measured_flops
+    from ..publish import recover
 
     recover(folder.absolute(), work_place(folder.absolute(), options) / "result")
     refuse_foreign_folder(folder)
@@ -196,17 +188,17 @@ def _show_plan(folder: Path, options: DistillOptions, *, dry_run: bool, quiet: b
     on_cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"
     device = torch.device("cuda" if on_cuda and torch.cuda.is_available() else "cpu")
     flops = measured_flops(device) if dry_run else 1.0
-    found = estimate(Sizes.of(plan), options, plan.seq_length, world=world, flops=flops)
-    lines = describe(plan, found, world)
+    sizes = estimate(Sizes.of(plan), options, plan.seq_length, world=world, flops=flops)
+    lines = describe(plan, sizes, world)
     if dry_run:
-        lines += describe_estimate(found, device, world)
+        lines += describe_estimate(sizes, device, world)
     for line in lines:
         click.echo(line, err=not dry_run)
 
 
-def _show_report(found: Any) -> None:
-    before, after = found.before, found.after
-    for stage, facts in found.stages.items():
+def _show_report(report: HealingReport) -> None:
+    before, after = report.before, report.after
+    for stage, facts in report.stages.items():
         if "skipped" in facts:
             click.echo(f"{stage}: skipped ({facts['skipped']})")
     click.echo(f"{'':>22}  {'before':>9}  {'after':>9}")
@@ -219,19 +211,4 @@ def _show_report(found: Any) -> None:
     for name, key, form in rows:
         click.echo(f"{name:>22}  {form.format(before[key]):>9}  {form.format(after[key]):>9}")
     click.echo(f"teacher's perplexity {after['perplexity_source']:.4g}; {after['num_tokens']:,} predictions held out")
-    click.echo(f"{found.output}: healed in {found.seconds:.1f} s")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: the subcommand that the first argument names, else healing."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    command, name = distill_command, "xeco-distill"
-    if given and given[0] == "eval":
-        from .evaluation.command import eval_command
-
-        command, name, given = eval_command, "xeco-distill eval", given[1:]
-    elif given and given[0] == "recipes":
-        from .recipes import recipes_command
-
-        command, name, given = recipes_command, "xeco-distill recipes", given[1:]
-    run_command(command, given, name)
+    click.echo(f"{report.output}: healed in {report.seconds:.1f} s")
