@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional
 
 from xeco_convert.quality import OutputHead
-from xeco_distill.losses.forward_kl import forward_kl
+from xeco_distill.losses.chunked import Term, chunked_loss
+from xeco_distill.losses.forward_kl import ForwardKL
 from xeco_distill.losses.prediction import Prediction
 
 KINDS = ("chunked", "full")
@@ -45,7 +46,7 @@ def run_once(kind: str, student: Prediction, teacher: Prediction, mask: torch.Te
     """Loss and gradients once; the loss."""
     student.hidden.grad = student.head.weight.grad = None
     if kind == "chunked":
-        loss = forward_kl(student, teacher, mask)
+        loss = chunked_loss([Term(name="kl", loss=ForwardKL())], student, teacher, mask).total
     else:
         with torch.no_grad():
             teacher_logp = functional.log_softmax(teacher.head.logits(teacher.hidden).float(), dim=-1)

@@ -17,7 +17,8 @@ _DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPair:
-    """Student and teacher on disk; `seq_length`: tokens of a row; KV cache of the student, bytes per token, and of its source."""
+    """Student and teacher on disk. `seq_length`: tokens of a row; `kv_bytes_before` and `kv_bytes_after`: what the source and the
+    student cache per token, in bytes."""
 
     student: CheckpointIndex
     teacher: TeacherFiles

@@ -56,11 +56,6 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         """Tokens of a row."""
         return int(self.input_ids.shape[1])
 
-    @property
-    def num_predictions(self) -> int:
-        """Predictions that count."""
-        return int(self.mask.sum())
-
     def part(self, rows: slice) -> PackedRows:
         """Some of the rows."""
         return PackedRows(input_ids=self.input_ids[rows], position_ids=self.position_ids[rows], mask=self.mask[rows])
@@ -109,7 +104,6 @@ class RowWriter:
         self._waiting: list[Document] = []
         self._waiting_tokens = 0
         self.num_rows = 0
-        self.num_predictions = 0
 
     @property
     def num_tokens(self) -> int:
@@ -168,4 +162,3 @@ class RowWriter:
         for name, array in (("input_ids", ids), ("position_ids", positions), ("mask", mask)):
             self._streams[name].write(np.ascontiguousarray(array[useful]).tobytes())
         self.num_rows += int(useful.sum())
-        self.num_predictions += int(mask.sum())

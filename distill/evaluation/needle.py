@@ -28,7 +28,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Token ids whose last `num_answer` are the answer, to be predicted from what is before them."""
+    """Token ids [n] int64 whose last `num_answer` are the answer: they are to be predicted from what is before them, and count
+    as found where each is the most likely one."""
 
     ids: Tensor
     num_answer: int

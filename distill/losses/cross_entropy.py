@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .loss import LOSSES, Loss
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .chunked import Chunk, Slab
-    from .prediction import Prediction
+from .loss import LOSSES, Chunk, Loss, Slab, Tensor
 
 
 @LOSSES.add
@@ -33,10 +26,3 @@ class CrossEntropy(Loss):
         rows = ((columns >= 0) & (columns < gradient.shape[1])).nonzero().squeeze(1)
         gradient[rows, columns[rows]] -= 1.0
         return gradient
-
-
-def cross_entropy(student: Prediction, targets: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the cross entropy over the tokens that `mask` keeps; `targets` [...] int64, ids of the tokens that follow."""
-    from .chunked import Term, chunked_loss
-
-    return chunked_loss([Term(name="cross_entropy", loss=CrossEntropy())], student, None, mask, targets).total

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .loss import LOSSES, Loss, TemperedLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .chunked import Chunk, Slab
-    from .prediction import Prediction
+from .loss import LOSSES, Chunk, Loss, Slab, TemperedLoss, Tensor
 
 
 @LOSSES.add
@@ -36,11 +29,3 @@ class ForwardKL(TemperedLoss):
 
     def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
         return (slab.student_p - slab.teacher_p) * self.temperature**2
-
-
-def forward_kl(student: Prediction, teacher: Prediction, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Sum of KL(teacher ‖ student) over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
-    from .chunked import Term, chunked_loss
-
-    term = Term(name="forward_kl", loss=ForwardKL(temperature=temperature))
-    return chunked_loss([term], student, teacher, mask).total

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked import Chunk, Slab, Term, chunked_loss
+from .chunked import Chunk, Slab
 from .loss import Loss
-from .prediction import Prediction, TopKPrediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,3 @@ def teacher_rest(log_probabilities: Tensor) -> Tensor:
 def _tiny(like: Tensor) -> float:
     """Rounding of 1 − Σ p: a smaller rest is none."""
     return float(torch.finfo(like.dtype).eps)
-
-
-def forward_kl_top_k(student: Prediction, teacher: TopKPrediction, mask: Tensor) -> Tensor:
-    """Sum over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
-    return chunked_loss([Term(name="forward_kl_top_k", loss=ForwardKLTopK())], student, teacher, mask).total

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from xeco_convert.settings import option, require
 
-from .loss import LOSSES, TemperedLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .chunked import Chunk, Slab
-    from .prediction import Prediction
+from .loss import LOSSES, Chunk, Slab, TemperedLoss, Tensor
 
 
 @LOSSES.add
@@ -68,13 +61,3 @@ class JSD(TemperedLoss):
             parts = [(one.student_p * (one.student_logp - self._middle(one))).sum(dim=1) for one in slab.chunk.slabs()]
             pulls[self] = (1 - self.jsd_beta) * torch.stack(parts).sum(dim=0) * self.temperature**2
         return pulls[self]
-
-
-def jsd(
-    student: Prediction, teacher: Prediction, mask: Tensor, *, beta: float = 0.5, temperature: float = 1.0
-) -> Tensor:
-    """Sum of the divergence over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
-    from .chunked import Term, chunked_loss
-
-    term = Term(name="jsd", loss=JSD(jsd_beta=beta, temperature=temperature))
-    return chunked_loss([term], student, teacher, mask).total

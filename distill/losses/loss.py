@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .chunked import Chunk, Slab
+else:  # names for annotations, which nothing evaluates
+    Tensor = Chunk = Slab = Any
+
+__all__ = ["LOSSES", "Chunk", "Loss", "Slab", "TemperedLoss", "Tensor", "loss_from", "loss_options"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .loss import LOSSES, TemperedLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .chunked import Chunk, Slab
-    from .prediction import Prediction
+from .loss import LOSSES, Chunk, Slab, TemperedLoss, Tensor
 
 
 @LOSSES.add
@@ -32,11 +25,3 @@ class ReverseKL(TemperedLoss):
     def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
         squared = self.temperature**2
         return slab.student_p * ((slab.student_logp - slab.teacher_logp) * squared - losses[:, None])
-
-
-def reverse_kl(student: Prediction, teacher: Prediction, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Sum of KL(student ‖ teacher) over the tokens that `mask` keeps; see `chunked_loss` for shapes."""
-    from .chunked import Term, chunked_loss
-
-    term = Term(name="reverse_kl", loss=ReverseKL(temperature=temperature))
-    return chunked_loss([term], student, teacher, mask).total

@@ -42,7 +42,7 @@ def train(
     mine = [rows[number] for number in range(rank, len(rows), world)]
     batch = {name: torch.stack([row[name] for row in mine]) for name in mine[0]}
     del batch["row"]
-    tokens = rows.num_predictions
+    tokens = int(rows.mask.sum())
     losses = []
     for _ in range(STEPS):
         prediction = teacher.predict(batch["input_ids"], batch["position_ids"])

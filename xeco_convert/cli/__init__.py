@@ -5,7 +5,6 @@ Imports torch and transformers only where a command needs them, so that --help a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import click
@@ -15,7 +14,7 @@ from xeco_convert.cli.export import export_command
 from xeco_convert.cli.inspect import inspect_command
 from xeco_convert.cli.refresh import refresh_command
 from xeco_convert.cli.sweep import sweep_command
-from xeco_convert.commandline.run import run_command
+from xeco_convert.commandline.run import run_named
 
 COMMANDS = click.Group(
     commands={
@@ -29,9 +28,4 @@ COMMANDS = click.Group(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the command that the first argument names, else the conversion."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given[0] if given else ""
-    if name in COMMANDS.commands:
-        run_command(COMMANDS.commands[name], given[1:], f"xeco-convert {name}")
-    else:
-        run_command(convert_command, given, "xeco-convert")
+    run_named(COMMANDS.commands, convert_command, arguments, "xeco-convert")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -67,6 +67,18 @@ def run_command(command: click.Command, arguments: list[str], name: str) -> None
         if not isinstance(error, XecoError):
             raise
         _fail(name, str(error), error.exit_code)
+
+
+def run_named(
+    commands: Mapping[str, click.Command], default: click.Command, arguments: Sequence[str] | None, name: str
+) -> None:
+    """Run the command that the first argument names, else `default`; without `arguments` those of this process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    first = given[0] if given else ""
+    if first in commands:
+        run_command(commands[first], given[1:], f"{name} {first}")
+    else:
+        run_command(default, given, name)
 
 
 def say_when_interrupted(sentence: str | Callable[[], str]) -> None:

@@ -14,10 +14,10 @@ from xeco_convert.settings import option, require
 class FixedRank(RankPolicy):
     """`rank`: kv_lora_rank of every layer."""
 
+    is_final = True
     name = "fixed"
     order = 0
     chosen_by = ("rank",)
-    is_final = True
 
     rank: int = option("kv_lora_rank: width of the KV latent of each layer.", metavar="N", recorded=True)
 

@@ -65,7 +65,7 @@ def test_rows_hold_documents_positions_and_what_counts(tmp_path: Path) -> None:
     # the last token of a document predicts nothing, and 10 is not to be learned
     assert row["mask"].tolist() == [True, True, True, False, False, True, False, False, False]
     assert row["targets"].tolist() == [6, 7, 8, 9, 10, 11, 0, 0, 5]
-    assert rows.num_predictions == 4 and len(rows) == 1
+    assert int(rows.mask.sum()) == 4 and len(rows) == 1
     assert rows.documents(100) == [[5, 6, 7, 8], [9, 10, 11]]
 
 

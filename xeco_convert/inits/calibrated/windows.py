@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,15 +35,8 @@ def calibration_windows(
     if settings.calibration is not None:
         return read_windows(settings.calibration, folder, length=length, num_tokens=num_tokens)
     weights_bytes = sum(header.num_bytes for header in source.index.headers.values())
-    return sample_windows(
-        folder,
-        weights_bytes=weights_bytes,
-        length=length,
-        num_tokens=num_tokens,
-        seed=seed,
-        device=device,
-        on_progress=on_progress,
-    )
+    sample = partial(sample_windows, folder, weights_bytes=weights_bytes, seed=seed, device=device)
+    return sample(length=length, num_tokens=num_tokens, on_progress=on_progress)
 
 
 def num_calibrated(windows: CalibrationWindows, settings: CalibratedInitialisation) -> int:
