@@ -80,8 +80,12 @@ def _point(case: Case, seconds: dict[str, float], peaks: tuple[float, float]) ->
     bytes_per_second, flop_per_second = peaks
     roof = max(case.cache_bytes / bytes_per_second, case.flop / flop_per_second)
     return {
-        **{"dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch, "tokens": case.tokens},
-        **{"rank": case.rank, "rope": case.rope, "seconds": seconds},
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "batch": case.batch,
+        "tokens": case.tokens,
+        "rank": case.rank,
+        "rope": case.rope,
+        "seconds": seconds,
         "gflop_per_second": case.flop / seconds[OURS] / 1e9,
         "absorbed": min(seconds[name] for name in ABSORBED) / seconds[OURS],
         "of_roofline": roof / seconds[OURS],
@@ -93,9 +97,14 @@ COLUMNS = ("dtype", "R + P", "T", "B", "ms", "GFLOP/s", "best absorbed torch", "
 
 def _cells(point: dict[str, Any]) -> list[Any]:
     return [
-        *(point["dtype"], f"{point['rank']} + {point['rope']}", point["tokens"], point["batch"]),
-        *(f"{1e3 * point['seconds'][OURS]:.3g}", f"{point['gflop_per_second']:.0f}"),
-        *(f"{point['absorbed']:.2f} x", f"{point['of_roofline']:.0%}"),
+        point["dtype"],
+        f"{point['rank']} + {point['rope']}",
+        point["tokens"],
+        point["batch"],
+        f"{1e3 * point['seconds'][OURS]:.3g}",
+        f"{point['gflop_per_second']:.0f}",
+        f"{point['absorbed']:.2f} x",
+        f"{point['of_roofline']:.0%}",
     ]
 
 

@@ -135,17 +135,30 @@ class Row:
         if self.bound.memory is not None:
             wanted += f", memory {self.bound.memory:g} x"
         return [
-            *(self.case, self.threads, f"{1e3 * self.seconds[OURS]:.3g}", f"{self.gflop_per_second:.0f}"),
-            *(f"{self.absorbed:.2f} x", f"{self.reachable:.2f} x"),
+            self.case,
+            self.threads,
+            f"{1e3 * self.seconds[OURS]:.3g}",
+            f"{self.gflop_per_second:.0f}",
+            f"{self.absorbed:.2f} x",
+            f"{self.reachable:.2f} x",
             None if self.decompressed is None else f"{self.decompressed:.1f} x",
             None if self.memory_share is None else " / ".join(f"{share:.2f} x" for share in self.memory_share.values()),
-            *(wanted, "yes" if self.holds else "no"),
+            wanted,
+            "yes" if self.holds else "no",
         ]
 
 
 COLUMNS = (
-    *("case (H 32, R 128, P 32)", "threads", "ms", "GFLOP/s", "over absorbed torch", "at peak", "over decompressed"),
-    *("peak memory (of sdpa / of bmm)", "asked for", "holds"),
+    "case (H 32, R 128, P 32)",
+    "threads",
+    "ms",
+    "GFLOP/s",
+    "over absorbed torch",
+    "at peak",
+    "over decompressed",
+    "peak memory (of sdpa / of bmm)",
+    "asked for",
+    "holds",
 )
 
 

@@ -32,9 +32,19 @@ CLOSED_FORM_LIMIT, REFINE_LIMIT = 60.0, 300.0
 GROWTH_CLAIM = 1.10
 # config.json of the real model, as far as shapes and speed go
 SMOLLM_135M: dict[str, Any] = {
-    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu"},
-    **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64, "vocab_size": 49152},
-    **{"num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
 }
@@ -158,8 +168,12 @@ def time_table(rows: Sequence[TimedRow]) -> str:
         columns,
         [
             [
-                *(row.case.name, f"{row.wall_seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.case.limit:.0f}"),
-                *("yes" if row.holds else "NO", f"{row.peak_rss_bytes / 2**20:.0f}"),
+                row.case.name,
+                f"{row.wall_seconds:.1f}",
+                f"{row.cpu_seconds:.1f}",
+                f"{row.case.limit:.0f}",
+                "yes" if row.holds else "NO",
+                f"{row.peak_rss_bytes / 2**20:.0f}",
             ]
             for row in rows
         ],
@@ -173,9 +187,14 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
         columns,
         [
             [
-                *(row.name, row.layers[0], f"{row.shallow.peak_rss_bytes / 2**20:.0f}"),
-                *(row.layers[1], f"{row.deep.peak_rss_bytes / 2**20:.0f}", f"{row.growth:.3f}"),
-                *(GROWTH_CLAIM, "yes" if row.holds else "NO"),
+                row.name,
+                row.layers[0],
+                f"{row.shallow.peak_rss_bytes / 2**20:.0f}",
+                row.layers[1],
+                f"{row.deep.peak_rss_bytes / 2**20:.0f}",
+                f"{row.growth:.3f}",
+                GROWTH_CLAIM,
+                "yes" if row.holds else "NO",
             ]
             for row in rows
         ],

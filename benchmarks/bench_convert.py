@@ -352,16 +352,18 @@ def memory_table(results: Sequence[ShapeResult]) -> str:
 def time_table(results: Sequence[ShapeResult]) -> str:
     """Seconds of the command: measured on the layers made, then extrapolated to the full depth."""
     columns = (
-        *(
-            "shape",
-            "layers made",
-            "measured wall s",
-            "measured CPU s",
-            "start-up CPU s",
-            "1 layer CPU s",
-            "copy CPU s/GB",
-        ),
-        *("waiting s/GB", "full depth", "extrapolated CPU s", "extrapolated wall s", "with SVD, CPU s"),
+        "shape",
+        "layers made",
+        "measured wall s",
+        "measured CPU s",
+        "start-up CPU s",
+        "1 layer CPU s",
+        "copy CPU s/GB",
+        "waiting s/GB",
+        "full depth",
+        "extrapolated CPU s",
+        "extrapolated wall s",
+        "with SVD, CPU s",
     )
     rows = []
     for result in results:

@@ -81,8 +81,13 @@ def cells(row: dict[str, Any]) -> list[Any]:
     widths = f"{row['kv_lora_rank']} + {row['rope_dim']}"
     greedy = f"{row['greedy_equal']} of {NEW_TOKENS}"
     return [
-        *(row["target"], row["kv_size"], widths, row["logits_difference"], greedy),
-        *(row["cache_bytes"], row["expected_bytes"]),
+        row["target"],
+        row["kv_size"],
+        widths,
+        row["logits_difference"],
+        greedy,
+        row["cache_bytes"],
+        row["expected_bytes"],
     ]
 
 

@@ -190,14 +190,35 @@ class Row:
         measured = [found.perplexity_source, f"{found.gap:.4f}", f"{found.kl:.4f}", f"{found.top1:.1%}"]
         deviation = None if self.deviation is None else f"{self.deviation:+.2%}"
         return [
-            *(f"{self.kv_share:.1%}", self.widths, self.init, self.calibration_tokens, found.perplexity, *measured),
-            *(self.expected, deviation, self.bound, self.aim, f"{self.conversion_seconds:.1f}"),
+            f"{self.kv_share:.1%}",
+            self.widths,
+            self.init,
+            self.calibration_tokens,
+            found.perplexity,
+            *measured,
+            self.expected,
+            deviation,
+            self.bound,
+            self.aim,
+            f"{self.conversion_seconds:.1f}",
         ]
 
 
 COLUMNS = (
-    *("KV", "rank + rope", "init", "tokens", "perplexity", "source", "gap (nats)", "KL (nats)", "top-1"),
-    *("expected", "deviation", "at most", "aim", "convert (s)"),
+    "KV",
+    "rank + rope",
+    "init",
+    "tokens",
+    "perplexity",
+    "source",
+    "gap (nats)",
+    "KL (nats)",
+    "top-1",
+    "expected",
+    "deviation",
+    "at most",
+    "aim",
+    "convert (s)",
 )
 
 

@@ -196,8 +196,13 @@ def kept_runs(file: Path | None, is_measured_anew: Callable[[dict[str, Any]], bo
 def _ablation_row(run: dict[str, Any]) -> list[Any]:
     first, last = run["points"][0], run["points"][-1]
     return [
-        *(run["variant"], f"{first['perplexity']:.3f}", f"{last['perplexity']:.3f}", f"{last['gap']:.4f}"),
-        *(f"{last['kl']:.4f}", f"{last['top1']:.1%}", round(run["seconds"])),
+        run["variant"],
+        f"{first['perplexity']:.3f}",
+        f"{last['perplexity']:.3f}",
+        f"{last['gap']:.4f}",
+        f"{last['kl']:.4f}",
+        f"{last['top1']:.1%}",
+        round(run["seconds"]),
     ]
 
 
@@ -212,7 +217,8 @@ def loss(options: argparse.Namespace) -> int:
     columns = ("dtype", "head", "full GiB", "chunked GiB", "memory", "full s", "chunked s", "time")
     rows = [
         [
-            *(run["dtype"], "trained" if run["trained_head"] else "frozen"),
+            run["dtype"],
+            "trained" if run["trained_head"] else "frozen",
             *(run["memory"][kind]["peak_bytes"] / 2**30 for kind in ("full", "chunked")),
             f"{run['memory_ratio']:.2f} x",
             *(run["seconds"][kind] for kind in ("full", "chunked")),

@@ -106,8 +106,15 @@ def measure(folder: Path, json_file: Path | None) -> None:
     columns = ["model", "norm of keys", "KV", "rank + rope", "source", "converted", "gap (nats)", "KL (nats)", "top-1"]
     cells = [
         [
-            *(row["model"], row["keys"], f"{row['kv_share']:.1%}", f"{row['rank']}+{row['rope_dim']}"),
-            *(row["perplexity_source"], row["perplexity"], row["gap"], row["kl"], f"{row['top1']:.1%}"),
+            row["model"],
+            row["keys"],
+            f"{row['kv_share']:.1%}",
+            f"{row['rank']}+{row['rope_dim']}",
+            row["perplexity_source"],
+            row["perplexity"],
+            row["gap"],
+            row["kl"],
+            f"{row['top1']:.1%}",
         ]
         for row in rows
     ]

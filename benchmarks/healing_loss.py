@@ -89,8 +89,12 @@ def measure_loss(
 ) -> dict[str, Any]:
     """Peak bytes and median CPU seconds of both, and their ratios."""
     base = {
-        **{"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "dtype": dtype},
-        **{"trained_head": trained_head, "repeats": repeats},
+        "tokens": tokens,
+        "hidden": hidden,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
+        "trained_head": trained_head,
+        "repeats": repeats,
     }
     memory = {kind: _run({**base, "measure": "memory", "kind": kind}) for kind in KINDS}
     times = _run({**base, "measure": "time"})

@@ -282,7 +282,10 @@ def heal_layers(bench: Bench, student: Path, model: Any, options: DistillOptions
     stage = LayerwiseStage(
         CheckpointIndex.open(student),
         CheckpointIndex.open(bench.checkpoint.folder),
-        *(rows, folder, options, torch.device("cpu")),
+        rows,
+        folder,
+        options,
+        torch.device("cpu"),
     )
     stage.run(lambda what, share, figures: None)
     state = model.state_dict()

@@ -36,13 +36,19 @@ _LLAMA_3 = {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
         **_LLAMA_3,
-        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
         "rope_parameters": {**_ROPE, "rope_theta": 500000.0, "factor": 32.0},
         "tie_word_embeddings": True,
     },
     "llama-3.1-8b": {
         **_LLAMA_3,
-        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
         "rope_parameters": {**_ROPE, "rope_theta": 500000.0, "factor": 8.0},
         "tie_word_embeddings": False,
     },

@@ -32,35 +32,35 @@ def healing_section(healing: dict[str, Any]) -> str:
     )
 
 
-def evaluation_section(found: dict[str, Any]) -> str:
+def evaluation_section(results: dict[str, Any]) -> str:
     """What `xeco-distill eval` found."""
     parts = []
-    quality = found.get("quality")
+    quality = results.get("quality")
     if quality:
         parts.append(
-            f"On {quality['num_tokens']:,} predictions of {found['data']}:\n\n| | teacher | this model |\n|---|---|---|\n"
+            f"On {quality['num_tokens']:,} predictions of {results['data']}:\n\n| | teacher | this model |\n|---|---|---|\n"
             f"| perplexity | {quality['perplexity_source']:.4g} | {quality['perplexity']:.4g} |\n"
             f"| KL from the teacher, nats per token | | {quality['kl']:.4f} |\n"
             f"| same most likely token | | {quality['top1']:.1%} |\n"
-            f"| KV cache, bytes per token | {found['kv_bytes_before']} | {found['kv_bytes_after']} |\n"
+            f"| KV cache, bytes per token | {results['kv_bytes_before']} | {results['kv_bytes_after']} |\n"
         )
-    if found.get("needle"):
+    if results.get("needle"):
         rows = "\n".join(
             f"| {row['context']} | {_share(row['teacher']['accuracy'])} | {_share(row['student']['accuracy'])} | "
             f"{row['teacher']['nats']:.3f} | {row['student']['nats']:.3f} |"
-            for row in found["needle"]
+            for row in results["needle"]
         )
         parts.append(
             "Needle in a haystack, all depths: share of answers found token by token, and nats per answer token.\n\n"
             f"| context | teacher | this model | teacher, nats | this model, nats |\n|---|---|---|---|---|\n{rows}\n"
         )
-    if found.get("tasks"):
+    if results.get("tasks"):
         rows = "\n".join(
             f"| {task} | {metric} | {value:.4f} |"
-            for task, metrics in found["tasks"].items()
+            for task, metrics in results["tasks"].items()
             for metric, value in metrics.items()
         )
-        parts.append(f"lm-eval {found['lm_eval']}:\n\n| task | metric | value |\n|---|---|---|\n{rows}\n")
+        parts.append(f"lm-eval {results['lm_eval']}:\n\n| task | metric | value |\n|---|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 

@@ -43,12 +43,12 @@ class RunFolder:
             if not marker.is_file():
                 self.write_json(_MARKER, {"fingerprint": fingerprint})
                 return False
-            found = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
+            recorded = json.loads(marker.read_text(encoding="utf-8")).get("fingerprint")
         except (OSError, ValueError) as error:
             raise OutputError(
                 f"{self.folder}: cannot be used for the run ({error}); choose another --work-dir."
             ) from None
-        if found != fingerprint:
+        if recorded != fingerprint:
             raise OptionError(
                 f"{self.folder}: holds an unfinished run with other options, data or weights; repeat its options to continue "
                 "it, add --restart to throw it away, or choose another --work-dir."
@@ -80,11 +80,11 @@ class RunFolder:
 
 def fingerprint(student: CheckpointIndex, teacher: str, options: DistillOptions, world: int) -> str:
     """What the results of a run depend on: weights, teacher, data, options, processes, version."""
-    given = {key: value for key, value in options.values().items() if key not in _WITHOUT_INFLUENCE}
+    values = {key: value for key, value in options.values().items() if key not in _WITHOUT_INFLUENCE}
     files = {path: path.stat() for path in set(student.files.values())}
     facts = {
         "version": __version__,
-        "options": given,
+        "options": values,
         "teacher": teacher,
         "student": sorted((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()),
         "data": [_file_facts(name) for name in (options.data, options.preferences)],

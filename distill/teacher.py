@@ -79,14 +79,14 @@ def check_vocabulary(student: CheckpointIndex, teacher: TeacherFiles) -> None:
             )
         return
     theirs, own = (place.load() for place in places)
-    found = first_difference(own, theirs, settings=False)
-    if found is not None:
+    difference = first_difference(own, theirs, settings=False)
+    if difference is not None:
         advice = "choose a teacher of the student's family"
         if teacher.is_source:
             advice += f"; if OUT was converted from it, `xeco-convert refresh {student.folder}` renews OUT's tokenizer"
         raise TeacherError(
-            f"{teacher.name}: its tokenizer differs from the student's: {found.probe} {found.actual}, for the student "
-            f"{found.expected}; {advice}."
+            f"{teacher.name}: its tokenizer differs from the student's: {difference.probe} {difference.actual}, for the student "
+            f"{difference.expected}; {advice}."
         )
 
 

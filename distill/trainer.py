@@ -152,8 +152,8 @@ class DistillationTrainer(WholeLoading):
 
     def last_checkpoint_in_words(self) -> str:
         """Where the last good state is: a sentence for errors."""
-        found = last_checkpoint(Path(str(self.args.output_dir)))
-        return "nothing was saved before it." if found is None else f"the last good state is kept in {found}."
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        return "nothing was saved before it." if checkpoint is None else f"the last good state is kept in {checkpoint}."
 
     def _count_parts(self, parts: Mapping[str, Tensor], tokens: Tensor) -> None:
         for name, value in parts.items():
@@ -212,8 +212,8 @@ class MarkWhole(TrainerCallback):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run that was saved whole."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def remove_cut_off(folder: Path, process: ProcessContext) -> None:

@@ -13,8 +13,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 IMAGE_TOKEN = 90
 _SIZE, _PATCH = 16, 8  # of images and patches: 2 × 2 patches
 _VISION = {
-    **{"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"image_size": _SIZE, "patch_size": _PATCH, "num_channels": 3},
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": _SIZE,
+    "patch_size": _PATCH,
+    "num_channels": 3,
 }
 _TOKENS = {"image_token_index": IMAGE_TOKEN}
 _LLAVA = {**_TOKENS, "image_seq_length": 4, "vision_feature_layer": -1}
@@ -53,8 +58,12 @@ def wrapped_config(model_type: str, text: str | None = None, **changes: Any) -> 
     variant, vision, fields = WRAPPED[model_type]
     inner = source_config(text or variant, **changes)
     return {
-        **{"model_type": model_type, "text_config": inner, "vision_config": dict(vision), **fields},
-        **{"tie_word_embeddings": inner["tie_word_embeddings"], "dtype": "float32"},
+        "model_type": model_type,
+        "text_config": inner,
+        "vision_config": dict(vision),
+        **fields,
+        "tie_word_embeddings": inner["tie_word_embeddings"],
+        "dtype": "float32",
     }
 
 

@@ -178,7 +178,8 @@ OPTIONS = {
 def test_every_long_part_of_a_conversion_reports(case: str, llama: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, float]] = []
     xeco_convert.convert(
-        *(llama, tmp_path / "out"),
+        llama,
+        tmp_path / "out",
         **OPTIONS[case],
         calibration_tokens=1024,
         on_progress=lambda what, share: calls.append((what, share)),

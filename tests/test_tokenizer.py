@@ -31,17 +31,18 @@ from xeco_distill.teacher import TeacherFiles, check_vocabulary
 FAMILIES = supported_model_types()
 # Written for this test, beside the probes of the package: what a user might type.
 TEXTS = (
-    *(
-        "",
-        " ",
-        "def f(self):\n    return x[12345]",
-        "  two  spaces ",
-        "1234567 89",
-        "naïve café",
-        "中文 日本語",
-        "👩‍👩‍👧‍👦 👍",
-    ),
-    *("हिन्दी ภาษาไทย العربية", "a<extra>b <s>c</s> padded d", "\t\n\n x", "don't WE'LL"),
+    "",
+    " ",
+    "def f(self):\n    return x[12345]",
+    "  two  spaces ",
+    "1234567 89",
+    "naïve café",
+    "中文 日本語",
+    "👩‍👩‍👧‍👦 👍",
+    "हिन्दी ภาษาไทย العربية",
+    "a<extra>b <s>c</s> padded d",
+    "\t\n\n x",
+    "don't WE'LL",
 )
 CHAT = [{"role": "user", "content": "Hi 123"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": ""}]
 
@@ -393,7 +394,9 @@ def test_a_resolved_tokenizer_says_all_that_its_class_said(tmp_path: Path) -> No
     with prepared_companions(index, {"model_type": "deepseek_v3"}, stock=True) as folder:
         found = PreTrainedTokenizerFast.from_pretrained(folder)
         assert (found.padding_side, found.eos_token, found.model_input_names) == (
-            *(expected.padding_side, expected.eos_token, expected.model_input_names),
+            expected.padding_side,
+            expected.eos_token,
+            expected.model_input_names,
         )
         stated = json.loads((folder / "tokenizer_config.json").read_text())
         assert stated["tokenizer_class"] == "PreTrainedTokenizerFast" and "is_local" not in stated

@@ -134,9 +134,9 @@ def merge_options(
     base: Mapping[str, Any], fields: Mapping[str, Any], settings: Sequence[str] = (), where: str = "the command line"
 ) -> DistillOptions:
     """Options from a recipe, then the command line, which wins."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    values = {name: value for name, value in fields.items() if value is not None}
     trainer = {**dict(base.get("trainer") or {}), **dict(map(_setting, settings))}
-    return DistillOptions(**{**base, **checked_mapping(given, where), "trainer": trainer})
+    return DistillOptions(**{**base, **checked_mapping(values, where), "trainer": trainer})
 
 
 def _setting(text: str) -> tuple[str, Any]:

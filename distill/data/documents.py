@@ -31,17 +31,17 @@ def read_documents(
         marks=not is_running_text(data),
         assistant_only=assistant_only,
     )
-    seen = kept = 0
+    seen = used = 0
     try:
         for record in read_records(data, "--data"):
             seen += 1
             document = encoder.encode(record)
             if len(document.ids) > 1 and any(document.learned[1:]):
-                kept += 1
+                used += 1
                 yield document
     except CheckpointError as error:
         raise DataError(str(error)) from None
-    if kept == 0:
+    if used == 0:
         raise DataError(
             f"--data: {data}: nothing to learn from in {seen} records: all are shorter than two tokens"
             f"{', or without an assistant turn or completion' if assistant_only else ''}; give other data."

@@ -38,9 +38,9 @@ def pack(lengths: Sequence[int], row_length: int) -> list[Segments]:
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     for piece in pieces:
         size = piece[2] - piece[1]
-        place = bisect_left(open_rows, (size, -1))
-        if place < len(open_rows):
-            _, number = open_rows.pop(place)
+        index = bisect_left(open_rows, (size, -1))
+        if index < len(open_rows):
+            _, number = open_rows.pop(index)
         else:
             number = len(rows)
             rows.append(Segments())

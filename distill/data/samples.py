@@ -42,7 +42,7 @@ class SampleStore:
         for done, number in enumerate(shards):
             tell = lambda share, done=done: on_progress(done + share)  # noqa: E731
             ids, counts = sample_rows(
-                *(model, SHARD_ROWS, self._length, self._shard_seed(number), SHARD_ROWS), on_progress=tell
+                model, SHARD_ROWS, self._length, self._shard_seed(number), SHARD_ROWS, on_progress=tell
             )
             shard = {"ids": ids.to(torch.int32), "counts": counts}
             write_whole(self._file(number), partial(save_file, shard))

@@ -205,8 +205,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
-        wanted = tuple(ctx.needs_input_grad[:3])
-        run = _Pass(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), work, wanted)
+        needed = tuple(ctx.needs_input_grad[:3])
+        run = _Pass(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), work, needed)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], work.tokens_per_chunk):
                 run.add(slice(start, min(start + work.tokens_per_chunk, hidden.shape[0])))
@@ -223,18 +223,18 @@ class _Pass:
     """Accumulates loss sums and gradients chunk by chunk."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, wanted: tuple[bool, ...]
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needed: tuple[bool, ...]
     ) -> None:
         self._work = work
         self._hidden, self._weight = hidden, weight
         self._head = OutputHead(weight=weight, bias=bias, divisor=work.divisor, softcap=work.softcap)
         self._dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.sums = [torch.zeros((), dtype=self._dtype, device=hidden.device) for _ in work.terms]
-        self._wanted = any(wanted)
+        self._wanted = any(needed)
         # float32 or better: half-precision sums over many chunks would lose what the plain formula keeps
-        self._d_hidden = torch.zeros_like(hidden, dtype=self._dtype) if wanted[0] else None
-        self._d_weight = torch.zeros_like(weight, dtype=self._dtype) if wanted[1] else None
-        self._d_bias = torch.zeros_like(bias, dtype=self._dtype) if bias is not None and wanted[2] else None
+        self._d_hidden = torch.zeros_like(hidden, dtype=self._dtype) if needed[0] else None
+        self._d_weight = torch.zeros_like(weight, dtype=self._dtype) if needed[1] else None
+        self._d_bias = torch.zeros_like(bias, dtype=self._dtype) if bias is not None and needed[2] else None
 
     def total(self) -> Tensor:
         weighted = [sums * term.weight for sums, term in zip(self.sums, self._work.terms, strict=True)]

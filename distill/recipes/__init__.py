@@ -18,8 +18,15 @@ from ..options import DistillOptions, checked_mapping
 _FOLDER = Path(__file__).parent
 _KEYS = {"about", "source", "convert", "shape", "healing"}
 _SHAPE = {
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "vocab_size", "tied", "teacher_parameters"),
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tied",
+    "teacher_parameters",
 }
 
 
@@ -42,7 +49,7 @@ class Recipe:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         length = options.seq_length or 1024
-        found = estimate(self.sizes(), options, length, world=1, flops=measured_flops(device))
+        sizes = estimate(self.sizes(), options, length, world=1, flops=measured_flops(device))
         flags = " ".join(
             f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
             for key, value in (self.convert or {}).items()
@@ -51,9 +58,9 @@ class Recipe:
             f"{self.name}: {self.about}",
             f"make the student: xeco-convert {self.source} OUT {flags}",
             f"heal it: xeco-distill OUT --config {self.name}",
-            f"stages {', '.join(options.stage_list)}; {options.tokens:,} tokens in rows of {length}; {found.trained:,} of "
-            f"{found.parameters:,} parameters trained",
-            *describe_estimate(found, device, 1),
+            f"stages {', '.join(options.stage_list)}; {options.tokens:,} tokens in rows of {length}; {sizes.trained:,} of "
+            f"{sizes.parameters:,} parameters trained",
+            *describe_estimate(sizes, device, 1),
         ]
 
     def sizes(self) -> Any:

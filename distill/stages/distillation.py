@@ -93,9 +93,9 @@ class DistillationStage:
         that the teacher is no longer needed in memory."""
         if self._options.top_k is not None:
             self._held_out_teacher = self._kept_predictions("held-out", self._held_out, self._options.top_k)
-            kept = self._kept_predictions("train", self._rows, self._options.top_k)
+            predictions = self._kept_predictions("train", self._rows, self._options.top_k)
             self._release()
-            return kept
+            return predictions
         return self._teacher() if self._options.objective.needs_teacher else None
 
     def _rate(self) -> float:
@@ -132,8 +132,8 @@ class DistillationStage:
     def _measure(self, model: Any) -> dict[str, float]:
         if self._held_out_teacher is not None:
             return measure_kept(self._held_out_teacher, model, self._held_out, call=_inside)
-        found = measure_quality(self._teacher(), model, self._held_out, call=_inside)
-        return {"kl": found.kl, "perplexity": found.perplexity, "top1": found.top1}
+        fidelity = measure_quality(self._teacher(), model, self._held_out, call=_inside)
+        return {"kl": fidelity.kl, "perplexity": fidelity.perplexity, "top1": fidelity.top1}
 
     def _time_limit(self) -> TimeLimit:
         minutes = self._options.budget_minutes
@@ -142,9 +142,9 @@ class DistillationStage:
 
     def _max_steps(self) -> int:
         """From the tokens, or from the time and how long a step takes; decided once for the whole run."""
-        kept = self._work.read_json("kl-steps.json")
-        if kept is not None:
-            return int(kept["max_steps"])
+        recorded = self._work.read_json("kl-steps.json")
+        if recorded is not None:
+            return int(recorded["max_steps"])
         options, process = self._options, self._process
         per_step = batch_rows(options) * process.world * accumulation(options) * self._rows.length
         if options.budget_minutes is None or options.budget_tokens is not None:
@@ -202,9 +202,9 @@ class DistillationStage:
         prediction = self._teacher().predict(row["input_ids"][None], row["position_ids"][None])
         ids, log_probabilities = [], []
         for part in prediction.hidden[0].split(128):
-            found = functional.log_softmax(prediction.head.logits(part).float(), dim=-1).topk(k)
-            ids.append(found.indices.int().cpu())
-            log_probabilities.append(found.values.cpu())
+            best = functional.log_softmax(prediction.head.logits(part).float(), dim=-1).topk(k)
+            ids.append(best.indices.int().cpu())
+            log_probabilities.append(best.values.cpu())
         return torch.cat(ids), torch.cat(log_probabilities)
 
 

@@ -94,11 +94,11 @@ class LayerwiseStage:
 
     def result(self) -> LayerwiseResult:
         """What the finished layers say."""
-        kept = {layer: self._load(layer) for layer in self._converted()}
-        found = {layer: data for layer, data in kept.items() if data is not None}
+        stored = {layer: self._load(layer) for layer in self._converted()}
+        done = {layer: data for layer, data in stored.items() if data is not None}
         return LayerwiseResult(
-            errors={layer: data["errors"] for layer, data in found.items()},
-            kept={layer: data["kept"] for layer, data in found.items()},
+            errors={layer: data["errors"] for layer, data in done.items()},
+            kept={layer: data["kept"] for layer, data in done.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,17 +119,17 @@ class LayerwiseStage:
         ]
 
     def _healed_layer(self, view: LayerView, inputs: Tensor) -> MlaAttention:
-        kept = self._load(view.number)
-        if kept is None:
+        stored = self._load(view.number)
+        if stored is None:
             source = read_attention(self._opened, self._source_reader, view.number, self._device)
             refinement = LayerRefinement(
                 view, source, inputs, self._windows.ids.shape[0], self._refine_options(), self._context(view)
             )
             with torch.random.fork_rng(devices=[]):
                 refined = refinement.run(self._own_layer(view.number))
-            kept = {"factors": vars(refined.factors), "errors": refined.errors, "kept": refined.kept}
-            self._save(view.number, kept)
-        factors = MlaAttention(**kept["factors"])
+            stored = {"factors": vars(refined.factors), "errors": refined.errors, "kept": refined.kept}
+            self._save(view.number, stored)
+        factors = MlaAttention(**stored["factors"])
         return factors.with_tensors({name: part.to(self._device) for name, part in factors.tensors().items()})
 
     def _own_layer(self, number: int) -> MlaAttention:

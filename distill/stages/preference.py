@@ -63,7 +63,10 @@ def prefer(
     arguments = _arguments(dpo.DPOConfig, options, folder, max_steps, policy, process, plan.seq_length)
     stop = StopRequests()
     callbacks: list[TrainerCallback] = [
-        *(stop, MarkWhole(), _StopAtNan(), ProgressReports(report, per_step * plan.seq_length, "dpo"))
+        stop,
+        MarkWhole(),
+        _StopAtNan(),
+        ProgressReports(report, per_step * plan.seq_length, "dpo"),
     ]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -11,8 +11,13 @@ from bench_calibrated import SMOLLM_135M, MemoryRow, TimedCase, TimedRow, memory
 from bench_convert import CommandRun
 
 TINY: dict[str, Any] = SMOLLM_135M | {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 96},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 

@@ -20,8 +20,13 @@ from xeco_convert.plan import make_plan
 
 TINY: dict[str, Any] = {
     **SHAPES["llama-3.2-1b"],
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 16, "head_dim": 8, "vocab_size": 61},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 16,
+    "head_dim": 8,
+    "vocab_size": 61,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 

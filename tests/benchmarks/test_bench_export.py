@@ -8,8 +8,15 @@ import bench_export
 import pytest
 
 GOOD = {
-    **{"target": "vllm", "kv_size": "50%", "kv_lora_rank": 256, "rope_dim": 64, "logits_difference": 1e-5},
-    **{"greedy_equal": 100, "cache_bytes": 640, "expected_bytes": 640, "cache_tokens": 1},
+    "target": "vllm",
+    "kv_size": "50%",
+    "kv_lora_rank": 256,
+    "rope_dim": 64,
+    "logits_difference": 1e-5,
+    "greedy_equal": 100,
+    "cache_bytes": 640,
+    "expected_bytes": 640,
+    "cache_tokens": 1,
 }
 
 

@@ -43,8 +43,13 @@ RECORDS = [
 ]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 VALID = {
-    **{".txt": "w5 w6 w7 " * 9, ".md": "# w5\n" * 9, ".jsonl": LINES, ".ndjson": LINES, ".json": json.dumps(RECORDS)},
-    **{".csv": 'id,text\n1,"w5, w6"\n2,w7\n', ".tsv": "prompt\tcompletion\nw5\tw6\n"},
+    ".txt": "w5 w6 w7 " * 9,
+    ".md": "# w5\n" * 9,
+    ".jsonl": LINES,
+    ".ndjson": LINES,
+    ".json": json.dumps(RECORDS),
+    ".csv": 'id,text\n1,"w5, w6"\n2,w7\n',
+    ".tsv": "prompt\tcompletion\nw5\tw6\n",
 }
 # what stands where something else is expected
 ODD = [

@@ -47,8 +47,16 @@ def test_companions_are_tokenizer_templates_settings_and_licences(tmp_path: Path
     found = [path.as_posix() for path in CheckpointIndex.open(folder).companion_files()]
     assert found == sorted(found)
     assert set(found) == {
-        *("LICENSE.txt", "NOTICE", "merges.txt", "tokenizer.model", "USE_POLICY.md", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"),
+        "LICENSE.txt",
+        "NOTICE",
+        "merges.txt",
+        "tokenizer.model",
+        "USE_POLICY.md",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
     }
 
 

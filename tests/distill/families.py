@@ -12,19 +12,22 @@ import xeco_convert
 
 # One or more of every family, with what healing could trip over: kept windows, NoPE, partial rotary, experts, tied heads.
 KINDS = (
-    *(
-        "llama_tied",
-        "mistral_window",
-        "qwen2",
-        "qwen3",
-        "qwen3_bias",
-        "qwen3_moe",
-        "mixtral",
-        "gemma2",
-        "gemma3",
-        "phi3",
-    ),
-    *("phi3_partial", "granite", "smollm3", "olmo2", "gpt_neox", "gpt_neox_sequential"),
+    "llama_tied",
+    "mistral_window",
+    "qwen2",
+    "qwen3",
+    "qwen3_bias",
+    "qwen3_moe",
+    "mixtral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi3_partial",
+    "granite",
+    "smollm3",
+    "olmo2",
+    "gpt_neox",
+    "gpt_neox_sequential",
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -27,7 +27,7 @@ from xeco_distill.recipes import load_config, recipe_names
         ({"seq_length": 1}, "--seq-length: expected a whole number of at least 2"),
         ({"temperature": 0.0}, "--temperature: expected a positive number"),
         ({"ce_weight": 1.5}, "--ce-weight: expected a share from 0 to 1"),
-        ({"jsd_beta": 1.0}, "--jsd-beta: expected a number between 0 and 1"),
+        ({"jsd_beta": 1.0, "loss": "jsd"}, "--jsd-beta: expected a number between 0 and 1"),
         ({"top_k": 8, "loss": "jsd"}, "--top-k: only with --loss forward-kl"),
         ({"trainer": {"output_dir": "x"}}, "--trainer output_dir: this is set by the run; use --output"),
         ({"trainer": {"dpo.seed": 3}}, "--trainer seed: this is set by the run; use --seed"),
@@ -159,7 +159,8 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_option_has_help() -> None:
-    flags = {option for parameter in distill_command.params for option in parameter.opts}
+    parameters = distill_command.get_params(click.Context(distill_command))
+    flags = {option for parameter in parameters for option in parameter.opts}
     for name in ("--teacher", "--budget-minutes", "--top-k", "--trainer", "--dry-run"):
         assert name in flags
     assert all(parameter.help for parameter in distill_command.params if isinstance(parameter, click.Option))

@@ -13,8 +13,13 @@ from builders import WITHOUT_PACKAGE, random_ids, save_exact_checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CODE_FILES = {
-    *("configuration_xeco.py", "modeling_xeco.py", "arguments_xeco.py", "layer_xeco.py", "attention_xeco.py"),
-    *("xeco_latent_attention.py", "xeco_choice.py"),
+    "configuration_xeco.py",
+    "modeling_xeco.py",
+    "arguments_xeco.py",
+    "layer_xeco.py",
+    "attention_xeco.py",
+    "xeco_latent_attention.py",
+    "xeco_choice.py",
 }
 # Behind WITHOUT_PACKAGE: loads argv[1], writes its logits to argv[2] and a copy of it to argv[3].
 REMOTE = """

@@ -107,7 +107,7 @@ def strided(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
     queries, rows = torch.cat([q_rope, q_latent], dim=-1), torch.cat([c_kv, k_rope], dim=-1)
     rank, rope = c_kv.shape[-1], k_rope.shape[-1]
     return {
-        "one buffer": [*(queries[..., rope:], queries[..., :rope]), *(rows[..., :rank], rows[..., rank:])],
+        "one buffer": [queries[..., rope:], queries[..., :rope], rows[..., :rank], rows[..., rank:]],
         "heads before queries": [
             *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q_latent, q_rope)),
             *(x.unsqueeze(1).expand(-1, 2, -1, -1).contiguous()[:, 0] for x in (c_kv, k_rope)),

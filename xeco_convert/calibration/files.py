@@ -38,7 +38,12 @@ _MARKS = (
 )
 _CHUNK_BYTES = 2**20
 _KIND_OF_VALUE = {
-    **{list: "an array", dict: "an object", str: "a string", bool: "a truth value", int: "a number", float: "a number"},
+    list: "an array",
+    dict: "an object",
+    str: "a string",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
     type(None): "null",
 }
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -232,7 +232,10 @@ class LatentSelfAttention(nn.Module):
                 # a layer without rotation: the kernels take at least one pair, here of zeros
                 q_rope, k_rope = functional.pad(q_rope, (0, 2)), functional.pad(k_rope, (0, 2))
             out_BQHR = fused.fused_attention(
-                *(q_latent, q_rope, c_kv, k_rope),
+                q_latent,
+                q_rope,
+                c_kv,
+                k_rope,
                 softmax_scale=self.scaling,
                 softcap=self.logit_softcap,
                 dtype=dtype,

@@ -5,7 +5,6 @@ Letters: n tokens, X hidden_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +31,7 @@ class OutputHead:
     @classmethod
     def of_model(cls, model: Any) -> OutputHead:
         """The head of a causal language model, over hidden states behind its last norm. What its forward does to the logits is
-        known of families, converted or not; a model of another kind is taken to do nothing."""
+        known of families, converted or not; of other models (as teachers) by the fields that transformers has for it."""
         head = model.get_output_embeddings()
         divisor, softcap = _after_projection(model.config)
         return cls(weight=head.weight, bias=getattr(head, "bias", None), divisor=divisor, softcap=softcap)
@@ -62,13 +61,11 @@ class OutputHead:
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
 
-def logits_scaling(values: Mapping[str, Any]) -> tuple[float, float | None]:
-    """(divisor, soft cap) of the logits of a configuration's model, by its family."""
-    family = supported_model_types().get(str(values.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
-    if family is None:
-        return 1.0, None
-    return family.logits_scale(values), family.logits_cap(values)
-
-
 def _after_projection(config: Any) -> tuple[float, float | None]:
-    return logits_scaling(vars(config) | {"model_type": config.model_type})
+    """(divisor, soft cap) of the logits."""
+    family = supported_model_types().get(str(config.model_type).removeprefix(MODEL_TYPE_PREFIX))
+    values = vars(config)
+    if family is not None:
+        return family.logits_scale(values), family.logits_cap(values)
+    factor = float(values.get("logit_scale") or 1.0)  # Cohere
+    return float(values.get("logits_scaling") or 1.0) / factor, values.get("final_logit_softcapping")
