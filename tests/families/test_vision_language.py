@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import WITHOUT_PACKAGE, make_key_norms_constant, write_json, write_weights
+from fresh import run_fresh
 from multimodal_builders import IMAGE_TOKEN, WRAPPED, build_wrapped, image_inputs, wrapped_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -258,9 +257,8 @@ def test_they_load_where_the_package_is_missing(converted: Callable[[str], Conve
         torch.save(image_inputs(model_type, rows=2), tmp_path / f"{number}.inputs")
         arguments += [str(folder), *(str(tmp_path / f"{number}.{what}") for what in ("inputs", "logits", "copy"))]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, *arguments], check=True, env=environment, cwd=tmp_path
-    )
+    done = run_fresh(WITHOUT_PACKAGE + REMOTE, *arguments, environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     for number, (model_type, _) in enumerate(jobs):
         found = torch.load(tmp_path / f"{number}.logits")
         torch.testing.assert_close(found, expected[model_type], rtol=1e-4, atol=5e-5)

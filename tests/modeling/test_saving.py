@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders import WITHOUT_PACKAGE, random_ids, save_exact_checkpoint
+from fresh import run_fresh
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CODE_FILES = {
@@ -55,8 +54,7 @@ def run_remote(
     jobs = [(folder, work / f"{number}.pt", work / f"copy{number}") for number, folder in enumerate(folders)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules")}
     arguments = [str(path) for job in jobs for path in job]
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, str(work / "ids.pt"), *arguments]
-    done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False, timeout=300)
+    done = run_fresh(WITHOUT_PACKAGE + REMOTE, str(work / "ids.pt"), *arguments, environment=environment, folder=work)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning: xeco_convert is not installed; attention runs in plain torch") == 1
     return [(torch.load(logits), copy) for _, logits, copy in jobs]
