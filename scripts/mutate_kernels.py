@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("kernel_mutations.toml")
 SOURCES = {"csrc": (".cpp", ".h", ".inc"), "xeco_convert/ops": (".py",)}
 ATTENTION_TESTS = ("test_latent_attention.py", "test_latent_attention_decode.py", "test_rounding.py")
+MARKER = ".mutated"  # a copy that was left in the middle of a mistake
 SECONDS = 900  # of the tests of one mistake: a mistake may make a kernel run forever
 
 
@@ -106,6 +107,8 @@ class Build:
         units = self.units_of(mutation, files)
         changed = [*files, *(self.objects[unit] for unit in units), *library(self.tree)]
         before = {file: file.read_bytes() for file in changed}
+        marker = self.tree / MARKER
+        marker.touch()
         try:
             for file in files:
                 file.write_text(mutation.pattern().sub(lambda _: mutation.new, file.read_text("utf-8")), "utf-8")
@@ -115,6 +118,7 @@ class Build:
             for file, content in before.items():
                 file.unlink(missing_ok=True)  # not in place: a process that is still there may have the library mapped
                 file.write_bytes(content)
+            marker.unlink()
 
 
 def level_of(unit: Path) -> str | None:
@@ -144,7 +148,7 @@ def prepared(work: Path) -> Build:
     """The copy of this tree, compiled."""
     tree, notes = work / "tree", work / "build.json"
     key = hashlib.sha256(b"".join(file.read_bytes() for file in [*source_files(ROOT), ROOT / "setup.py"])).hexdigest()
-    if not notes.exists() or json.loads(notes.read_text("utf-8"))["key"] != key:
+    if (tree / MARKER).exists() or not notes.exists() or json.loads(notes.read_text("utf-8"))["key"] != key:
         notes.unlink(missing_ok=True)
         shutil.rmtree(tree, ignore_errors=True)
         copy_tree(tree)
@@ -160,7 +164,7 @@ def prepared(work: Path) -> Build:
         tree=tree,
         compile_commands={unit: entry["command"] for unit, entry in units.items()},
         objects=objects,
-        includes={unit: includes_of(folder, objects[unit], tree) for unit in units},
+        includes={unit: includes_of(folder, entry["output"], tree) for unit, entry in units.items()},
         link_command=json.loads(notes.read_text("utf-8"))["link"],
     )
 
@@ -193,8 +197,8 @@ def build(tree: Path) -> str:
     return re.sub(r"-o \S+", f"-o {made}", links[-1])
 
 
-def includes_of(folder: Path, made: Path, tree: Path) -> set[Path]:
-    lines = run(f"ninja -t deps {made.relative_to(folder)}", folder).splitlines()[1:]
+def includes_of(folder: Path, target: str, tree: Path) -> set[Path]:
+    lines = run(shlex.join(["ninja", "-t", "deps", target]), folder).splitlines()[1:]
     paths = {(folder / line.strip()).resolve() for line in lines if line.strip()}
     return {path for path in paths if path.is_relative_to(tree.resolve())}
 
@@ -204,7 +208,9 @@ def found_by(tree: Path, tests: Path, mutation: Mutation | None) -> str | None:
     names = mutation.tests if mutation else sorted({name for each in mutations() for name in each.tests})
     files = [str(tests / "ops" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
-    command += ["-c", str(tree / "pyproject.toml"), "--rootdir", str(tests.parent), *files]
+    # tests/conftest.py imports transformers, which the tests of the ops have no need of
+    command += ["-c", str(tree / "pyproject.toml"), "--rootdir", str(tests.parent), "--confcutdir", str(tests / "ops")]
+    command += files
     settings = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run(
