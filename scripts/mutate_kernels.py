@@ -2,11 +2,11 @@
 
     python scripts/mutate_kernels.py --work /tmp/mutants                          all of them, by the tests of this tree
     python scripts/mutate_kernels.py --work /tmp/mutants --only "soft cap"        those whose name has these words
-    python scripts/mutate_kernels.py --work /tmp/mutants --tests A/tests B/tests  by the tests of two trees, side by side
+    python scripts/mutate_kernels.py --work /tmp/mutants --tests A/tests B/tests  what A misses, does B find it?
 
 The copy in --work is compiled once, with -O1, and used again as long as csrc/ and xeco_convert/ops/ are the same; a mistake
-compiles the files that it is in, or the one file of its instruction set. About half a minute for each on one core. Prints a
-line for each, with the test that found it, and exits with 1 where one was found by the tests of no tree.
+compiles the files that it is in, or the one file of its instruction set, whose tests alone are run then. About half a minute
+for each on one core. Prints the test that found each, and exits with 1 where the tests of the first tree missed one.
 Mistakes of instruction sets that this machine does not have are left out; XECO_EMULATE_AMX=1 builds AMX everywhere.
 """
 
@@ -203,11 +203,12 @@ def includes_of(folder: Path, target: str, tree: Path) -> set[Path]:
     return {path for path in paths if path.is_relative_to(tree.resolve())}
 
 
-def found_by(tree: Path, tests: Path, mutation: Mutation | None) -> str | None:
-    """The first test that fails, or how the tests ended; None where all pass."""
+def found_by(tree: Path, tests: Path, mutation: Mutation | None, level: str | None) -> str | None:
+    """The first test (of a level) that fails, or how the tests ended; None where all pass."""
     names = mutation.tests if mutation else sorted({name for each in mutations() for name in each.tests})
     files = [str(tests / "ops" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    command += ["-k", level] if level else []
     # tests/conftest.py imports transformers, which the tests of the ops have no need of
     command += ["-c", str(tree / "pyproject.toml"), "--rootdir", str(tests.parent), "--confcutdir", str(tests / "ops")]
     command += files
@@ -234,12 +235,14 @@ def found_by(tree: Path, tests: Path, mutation: Mutation | None) -> str | None:
     sys.exit(f"mutate_kernels: {shlex.join(command)}\n{result.stdout}{result.stderr}")
 
 
-def available_levels(tree: Path) -> set[str]:
+def available_levels(tree: Path) -> dict[str, str]:
+    """Names of the instruction sets that this machine has, by what mutations call them."""
     code = (
         "from xeco_convert.ops.extension import CPU_LEVELS, extension; module = extension();"
-        "print(*['first', *CPU_LEVELS[1 : CPU_LEVELS.index(module.detected_level) + 1]])"
+        "print(*CPU_LEVELS[: CPU_LEVELS.index(module.detected_level) + 1])"
     )
-    return set(run(shlex.join([sys.executable, "-c", code]), tree).split())
+    names = run(shlex.join([sys.executable, "-c", code]), tree).split()
+    return {"first": names[0], **{name: name for name in names[1:]}}
 
 
 def arguments() -> argparse.Namespace:
@@ -256,23 +259,29 @@ def main() -> None:
     build_ = prepared(options.work.resolve())
     levels = available_levels(build_.tree)
     for folder in tests:
-        failed = found_by(build_.tree, folder, None)
+        failed = None if options.only else found_by(build_.tree, folder, None, None)
         if failed:
             sys.exit(f"mutate_kernels: {folder}: {failed} fails without any mistake")
-    missed = 0
-    for mutation in mutations():
-        if options.only not in mutation.name:
-            continue
-        if mutation.level not in {*levels, None}:
-            print(f"left out   {mutation.name}: no {mutation.level} here", flush=True)
-            continue
-        with build_.with_mutation(mutation):
-            results = [found_by(build_.tree, folder, mutation) for folder in tests]
-        missed += None in results
-        words = [f"{'found ' if result else 'MISSED'} {result or ''}" for result in results]
-        print(f"{mutation.name} [{mutation.level or 'all'}]", *words, sep="\n    ", flush=True)
-    print(f"{missed} missed")
+    chosen = [mutation for mutation in mutations() if options.only in mutation.name]
+    missed = sum(not try_one(build_, mutation, tests, levels) for mutation in chosen)
+    print(f"{missed} of {len(chosen)} missed")
     sys.exit(missed > 0)
+
+
+def try_one(build_: Build, mutation: Mutation, tests: Sequence[Path], levels: dict[str, str]) -> bool:
+    """Whether the tests of the first tree find a mistake; where they do not, the others are asked."""
+    words = f"{mutation.name} [{mutation.level or 'all'}]"
+    if mutation.level is not None and mutation.level not in levels:
+        print(f"{words}: left out, this machine does not have it", flush=True)
+        return True
+    level = levels[mutation.level] if mutation.level else None
+    with build_.with_mutation(mutation):
+        for folder in tests:
+            test = found_by(build_.tree, folder, mutation, level)
+            print(f"{words}: {test or f'MISSED by {folder}'}", flush=True)
+            if test:
+                break
+    return test is not None and folder == tests[0]
 
 
 if __name__ == "__main__":

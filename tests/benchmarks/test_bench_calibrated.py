@@ -30,6 +30,7 @@ def in_this_process(command: Sequence[str], threads: int) -> CommandRun:
     return run(2**27 + threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_the_command_is_measured_at_both_depths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_calibrated, "run_measured", in_this_process)
@@ -41,6 +42,7 @@ def test_the_command_is_measured_at_both_depths(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "converted").exists()
 
 
+@pytest.mark.slow
 def test_a_timed_case_is_run_as_a_user_does(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

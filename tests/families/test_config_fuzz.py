@@ -36,7 +36,7 @@ from xeco_convert.pretrained import load_causal_lm, read_config
 from xeco_distill.options import DistillOptions
 from xeco_distill.plan import Sizes, make_healing_plan
 
-pytestmark = pytest.mark.usefixtures("without_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 
 # The variant of tests/builders.py that stands for a family, where it has another name.
 VARIANT_OF = {"gemma3_text": "gemma3", "phi3": "phi3_partial"}

@@ -103,6 +103,7 @@ def test_every_parameter_is_what_transformers_loads(model_type: str, layout: str
     assert source.family.module_name(1) in {name for name, _ in source.skeleton.named_modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WRAPPED)
 def test_a_silent_text_config_keeps_what_transformers_fills_in(model_type: str, tmp_path: Path) -> None:
     """Published files leave out what was the default of their day, and the model_type where the wrapper has one in mind."""
@@ -128,6 +129,7 @@ def test_a_silent_text_config_keeps_what_transformers_fills_in(model_type: str, 
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WRAPPED)
 def test_full_width_is_the_source_with_images_as_well(model_type: str, tmp_path: Path) -> None:
     text = "qwen2" if model_type == "internvl" else None
@@ -208,6 +210,7 @@ def test_left_padding_changes_nothing(model_type: str, converted: Callable[[str]
     torch.testing.assert_close(torch.stack(padded.logits), torch.stack(alone.logits), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*MODELS, "llava_onevision", "smolvlm"])
 def test_half_of_the_cache_on_its_own_samples(model_type: str, tmp_path: Path) -> None:
     """Sampled from the whole model, in bfloat16, from sharded files; saved by transformers and loaded again."""
@@ -246,6 +249,7 @@ assert not any(name.split(".")[0] == "xeco_convert" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_they_load_where_the_package_is_missing(converted: Callable[[str], Converted], tmp_path: Path) -> None:
     """From the files beside the weights, and from copies that the registered and the remote classes saved."""
     folders = {model_type: converted(model_type)[1] for model_type in MODELS}

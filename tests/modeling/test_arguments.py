@@ -231,6 +231,7 @@ for refused in (lambda: model(ids, cu_seq_lens_q=torch.tensor([0, 9])), lambda: 
 """
 
 
+@pytest.mark.slow
 def test_remote_code_reads_its_cache_and_refuses_the_same(converted: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     done = run_fresh(WITHOUT_PACKAGE + REMOTE, str(converted), environment=environment)

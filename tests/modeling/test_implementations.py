@@ -439,6 +439,7 @@ torch.save(logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_without_the_extension_models_run_in_plain_torch_after_one_warning(
     folder_of: Callable[[str], tuple[Path, Path]], model_of: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_copy_gives_the_same_logits(variant: str, copied: object) -> None:
     assert torch.equal(again(ids[:, :3], use_cache=True).logits, model(ids[:, :3]).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("variant", ["llama", "gemma3", "gpt_neox"])
 def test_a_fresh_process_reads_a_model_by_the_names_of_its_classes(variant: str, kind: str, tmp_path: Path) -> None:

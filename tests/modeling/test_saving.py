@@ -143,6 +143,7 @@ def test_layers_may_be_offloaded(
     assert_same_logits(logits_of(loaded, ids), logits_of(model_of("llama"), ids))
 
 
+@pytest.mark.slow
 def test_checkpoints_load_where_the_package_is_missing(
     model_of: Callable[[str], PreTrainedModel],
     folder_of: Callable[[str], tuple[Path, Path]],

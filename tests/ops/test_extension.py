@@ -34,6 +34,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("XECO_CPU_LEVEL", "XECO_EXTENSION")}
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_and_says_nothing() -> None:
     code = (
         "import sys, xeco_convert\nassert 'torch' not in sys.modules\nimport xeco_convert.ops\n"
