@@ -28,6 +28,7 @@ os.environ["HF_MODULES_CACHE"] = _MODULES.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from builders import build_checkpoint  # noqa: E402
+from plots import drawn_alone  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 import xeco_convert  # noqa: E402  registers the converted families
@@ -43,6 +44,13 @@ def _modules_cache() -> Iterator[None]:
     yield
     _MODULES.cleanup()
     _COMPILED.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plots() -> Iterator[None]:
+    """Conversions in this process draw their plots without rendering them: plots.py."""
+    with drawn_alone():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +91,7 @@ def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conversions without the page of plots, which takes most of a tiny one's time."""
+    """Conversions without their page, for tests that make very many."""
     monkeypatch.setattr("xeco_convert.conversion.report_page", lambda report: "")
 
 

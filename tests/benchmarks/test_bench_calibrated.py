@@ -31,7 +31,6 @@ def in_this_process(command: Sequence[str], threads: int) -> CommandRun:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_plots")
 def test_the_command_is_measured_at_both_depths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_calibrated, "run_measured", in_this_process)
     options = argparse.Namespace(threads=1, memory_tokens=1024)

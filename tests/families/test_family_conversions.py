@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import KEY_NORM, VARIANTS, VOCABULARY, build_checkpoint, make_key_norms_constant, random_ids
+from plots import rendered
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
@@ -38,7 +39,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
         if variant not in made:
             base = tmp_path_factory.mktemp(variant)
             source = build_checkpoint(base / "source", variant, tokenizer=True)
-            made[variant] = (source, base / "out", convert(source, base / "out", rank=12, rope_dim=4))
+            with rendered():
+                made[variant] = (source, base / "out", convert(source, base / "out", rank=12, rope_dim=4))
         return made[variant]
 
     return make
