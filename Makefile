@@ -20,7 +20,7 @@ demo: $(VENV)/.installed extension
 	$(BIN)/python -m xeco_convert.demo --output demo-output
 
 test: $(VENV)/.tested extension
-	$(BIN)/python -m pytest -n 2 -rs
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs --durations=25
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

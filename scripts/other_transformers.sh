@@ -59,9 +59,9 @@ if transformers.__version__.split(".")[: len(wanted)] != wanted:
     sys.exit(f"expected transformers {sys.argv[1]}, found {transformers.__version__}")
 PYTHON
   if [ "$all" = 1 ]; then
-    "$folder/bin/python" -m pytest -p no:cacheprovider -n 2 -rs
+    "$folder/bin/python" -m pytest -p no:cacheprovider -n 2 --dist loadgroup -rs
   else
-    "$folder/bin/python" -m pytest -p no:cacheprovider -n 2 -q "${tests[@]}"
+    "$folder/bin/python" -m pytest -p no:cacheprovider -n 2 --dist loadgroup -q "${tests[@]}"
   fi
 }
 

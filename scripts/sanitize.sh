@@ -32,7 +32,7 @@ say "tests of the kernels under the sanitizers"
 run() {
   env LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    XECO_EXTENSION="$module" OMP_NUM_THREADS=1 "$@"
+    XECO_EXTENSION="$module" OMP_NUM_THREADS=1 XECO_TEST_EVERY_LEVEL=1 "$@"
 }
 run "$python" -c '
 import os

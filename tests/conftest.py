@@ -28,6 +28,7 @@ os.environ["HF_MODULES_CACHE"] = _MODULES.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from builders import build_checkpoint  # noqa: E402
+from plots import drawn_alone  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 import xeco_convert  # noqa: E402  registers the converted families
@@ -35,6 +36,7 @@ import xeco_convert  # noqa: E402  registers the converted families
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 transformers_logging.disable_progress_bar()
 _ROOT = Path(__file__).resolve().parents[1]
+_FOLDER_FIXTURES = {"stories_converted", "tinystories_converted"}  # of tests/end_to_end: commands that take seconds
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +44,13 @@ def _modules_cache() -> Iterator[None]:
     yield
     _MODULES.cleanup()
     _COMPILED.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plots() -> Iterator[None]:
+    """Conversions in this process draw their plots without rendering them: plots.py."""
+    with drawn_alone():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,14 +91,27 @@ def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conversions without the page of plots, which takes most of a tiny one's time."""
+    """Conversions without their page, for tests that make very many."""
     monkeypatch.setattr("xeco_convert.conversion.report_page", lambda report: "")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where no GPU is present, and for no other reason."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked gpu are skipped where no GPU is present, and for no other reason. With `--dist loadgroup`, tests that share
+    what is made once run in one worker of pytest-xdist, where it is made once."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU is present"))
+        group = _group(item)
+        if group and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    """The file of a test with fixtures of its file, the folder of one with conversions of its folder; None for the others."""
+    definitions = item._fixtureinfo.name2fixturedefs if hasattr(item, "_fixtureinfo") else {}
+    if any(name in _FOLDER_FIXTURES for name in definitions):
+        return item.path.parent.name
+    if any(definition.scope == "module" for found in definitions.values() for definition in found):
+        return str(item.path.relative_to(_ROOT))
+    return None

@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from plots import rendered
 
 import xeco_convert
 from xeco_convert.demo import MODEL_FOLDER
@@ -52,6 +54,12 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "td":
             self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rendered() -> Iterator[None]:
+    with rendered():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ def interrupted(slow_source: Path, tmp_path: Path) -> Callable[..., subprocess.C
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_leaves_nothing(
     interrupted: Callable[..., subprocess.CompletedProcess[str]], number: signal.Signals, tmp_path: Path
@@ -147,6 +148,7 @@ def test_a_signal_behind_the_work_does_not_deny_it(
     assert load_file(tmp_path / "out" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moment"),
     [(signal.SIGTERM, "calibration text"), (signal.SIGINT, "layer 2 of 3"), (signal.SIGTERM, "layer 3 of 3")],
@@ -180,6 +182,7 @@ def test_a_real_process_stops_at_any_moment_and_says_what_is_kept(
     assert ("factors-0.pt" in kept) is moment.startswith("layer")
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_keeps_the_old_output(
     interrupted: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import bench_calibrated
 import pytest
 from bench_calibrated import SMOLLM_135M, MemoryRow, TimedCase, TimedRow, memory_rows, memory_table, time_cases
 from bench_convert import CommandRun
+
+from xeco_convert.cli import convert_command
 
 TINY: dict[str, Any] = SMOLLM_135M | {
     "hidden_size": 32,
@@ -25,7 +28,16 @@ def run(rss: int) -> CommandRun:
     return CommandRun(exit_code=0, wall_seconds=1.0, cpu_seconds=1.0, peak_rss_bytes=rss)
 
 
-def test_the_command_is_measured_at_both_depths(tmp_path: Path) -> None:
+def in_this_process(command: Sequence[str], threads: int) -> CommandRun:
+    """Runs what `run_measured` would start (test_a_timed_case_is_run_as_a_user_does does), which imports nothing again."""
+    assert Path(command[0]).is_file()
+    convert_command.main(args=list(command[1:]), prog_name="xeco-convert", standalone_mode=False)
+    return run(2**27 + threads)
+
+
+@pytest.mark.slow
+def test_the_command_is_measured_at_both_depths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_calibrated, "run_measured", in_this_process)
     options = argparse.Namespace(threads=1, memory_tokens=1024)
     rows = memory_rows(tmp_path, TINY, options)
     assert [row.name for row in rows] == ["default", "--refine"]
@@ -34,6 +46,7 @@ def test_the_command_is_measured_at_both_depths(tmp_path: Path) -> None:
     assert not (tmp_path / "converted").exists()
 
 
+@pytest.mark.slow
 def test_a_timed_case_is_run_as_a_user_does(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_failing_command_is_told_with_its_words() -> None:
         run_measured([sys.executable, "-c", "import sys; print('no luck'); sys.exit(3)"], threads=1)
 
 
+@pytest.mark.slow
 def test_the_installed_command_is_measured_at_two_depths(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "deep", TINY, 2)
     options = argparse.Namespace(runs=1, threads=1, layers_made=2)

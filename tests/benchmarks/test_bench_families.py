@@ -8,6 +8,7 @@ import bench_families
 import pytest
 
 
+@pytest.mark.slow
 def test_a_family_with_normalised_keys_has_a_row_for_each_form_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

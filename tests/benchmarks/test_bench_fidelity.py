@@ -95,6 +95,7 @@ def test_slices_are_pythons() -> None:
         parse_slice("80")
 
 
+@pytest.mark.slow
 def test_baselines_and_every_way_to_calibrate_stand_in_one_table(
     llama: Path, sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

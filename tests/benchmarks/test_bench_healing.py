@@ -29,6 +29,7 @@ def test_curves_are_plotted(tmp_path: Path) -> None:
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_loss_and_the_chunked_one_less_memory() -> None:
     found = measure_loss(2048, 16, 30_000, "float32", trained_head=True, repeats=1)
     losses = [found["memory"][kind]["loss"] for kind in ("chunked", "full")]
@@ -36,6 +37,7 @@ def test_both_ways_give_the_same_loss_and_the_chunked_one_less_memory() -> None:
     assert found["memory_ratio"] < 0.6
 
 
+@pytest.mark.slow
 def test_a_student_is_healed_and_measured_at_every_mark(shared: Path, tmp_path: Path) -> None:
     assert shared.is_dir()
     json_file = tmp_path / "curves.json"

@@ -8,6 +8,7 @@ import bench_qk_norm
 import pytest
 
 
+@pytest.mark.slow
 def test_twins_are_trained_and_measured_in_every_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,7 @@ def test_any_value_in_any_field_of_a_record(tokenizer: Any, llama: Path, tmp_pat
     print(f"{tried} changed records")
 
 
+@pytest.mark.slow
 def test_what_is_valid_is_read(tokenizer: Any, llama: Path, tmp_path: Path) -> None:
     """So that the others do not pass because all is refused."""
     for record in RECORDS[:-2]:
@@ -234,6 +235,7 @@ def use_tokenizer(folder: Path) -> None:
         Encoder(tokenizer=tokenizer, name="a", flag="--data", marks=True).encode(record)
 
 
+@pytest.mark.slow
 def test_any_value_in_any_field_of_a_tokenizer(model_folder: Path) -> None:
     """Every field of tokenizer.json and tokenizer_config.json, with a few values each; and without it."""
     tried = fields = 0
@@ -253,6 +255,7 @@ def test_any_value_in_any_field_of_a_tokenizer(model_folder: Path) -> None:
     print(f"{fields} fields, {tried} changed files")
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(
     name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]),

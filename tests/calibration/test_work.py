@@ -99,6 +99,7 @@ def test_a_damaged_result_is_refused(llama: Path, tmp_path: Path) -> None:
         work.load("some")
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_goes_on_where_it_was(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

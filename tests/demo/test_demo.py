@@ -48,6 +48,7 @@ def test_padding_that_attention_does_not_skip_is_found(converted_demo: Path, mon
         check_generation(converted_demo, PROMPT)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_an_error_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatentSelfAttention, "_update", lambda _self, _cache, c_kv, k_rope: (c_kv, k_rope))
     done = CliRunner().invoke(demo_command, ["--output", str(tmp_path / "out")])

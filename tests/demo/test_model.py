@@ -93,6 +93,7 @@ def test_greedy_stories_are_grammatical(loaded: Loaded) -> None:
     assert share >= 0.9
 
 
+@pytest.mark.slow
 def test_sampled_stories_are_grammatical(loaded: Loaded) -> None:
     torch.manual_seed(0)
     share, count = grammatical_share(write_stories(*loaded, [""] * 20, sample=True))
@@ -110,6 +111,7 @@ def test_text_without_a_sentence_has_no_share() -> None:
         grammatical_share(["no end"])
 
 
+@pytest.mark.slow
 def test_training_repeats_itself_and_fits_the_language_of_the_model(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from builders import VOCABULARY, build_checkpoint, source_config, write_json
+from fresh import run_fresh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -37,7 +36,7 @@ from xeco_convert.pretrained import load_causal_lm, read_config
 from xeco_distill.options import DistillOptions
 from xeco_distill.plan import Sizes, make_healing_plan
 
-pytestmark = pytest.mark.usefixtures("without_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 
 # The variant of tests/builders.py that stands for a family, where it has another name.
 VARIANT_OF = {"gemma3_text": "gemma3", "phi3": "phi3_partial"}
@@ -347,8 +346,7 @@ def test_the_command_prints_no_traceback(field: str, llama: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: COMMANDS[field]}))
     options = ["--rank", "8", "--calibration", tokens(tmp_path), "--calibration-tokens", "1024", "--quiet"]
-    command = [str(Path(sys.executable).with_name("xeco-convert")), str(folder), str(tmp_path / "out"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_fresh("from xeco_convert.cli import main; main()", str(folder), str(tmp_path / "out"), *options)
     assert "Traceback" not in done.stderr
     assert (done.returncode == 0) is (tmp_path / "out").is_dir()
     assert done.returncode == 0 or (done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import KEY_NORM, VARIANTS, VOCABULARY, build_checkpoint, make_key_norms_constant, random_ids
+from plots import rendered
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
@@ -38,7 +39,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
         if variant not in made:
             base = tmp_path_factory.mktemp(variant)
             source = build_checkpoint(base / "source", variant, tokenizer=True)
-            made[variant] = (source, base / "out", convert(source, base / "out", rank=12, rope_dim=4))
+            with rendered():
+                made[variant] = (source, base / "out", convert(source, base / "out", rank=12, rope_dim=4))
         return made[variant]
 
     return make
@@ -123,6 +125,7 @@ def test_a_converted_model_survives_saving_and_learns(
     assert again(ids, labels=ids).loss < first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_full_width_is_the_source(variant: str, tmp_path: Path) -> None:
     """The latent holds whatever keys and values hold, and every rotary row has its slot."""
@@ -143,6 +146,7 @@ def test_full_width_is_the_source(variant: str, tmp_path: Path) -> None:
     )  # as the input spans fewer directions than κ, some are rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3", "smollm3", "gpt_neox", "qwen3", "qwen3_moe"])
 def test_a_kv_budget_is_split_over_the_layers_of_a_family(variant: str, tmp_path: Path) -> None:
     source = build_checkpoint(tmp_path / "source", variant, tokenizer=True)
@@ -151,6 +155,7 @@ def test_a_kv_budget_is_split_over_the_layers_of_a_family(variant: str, tmp_path
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe", "gemma3"])
 def test_normalised_keys_are_exact_where_their_regression_is(variant: str, tmp_path: Path) -> None:
     heads = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}

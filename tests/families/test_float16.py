@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
 
+pytestmark = pytest.mark.slow
 # Llama 2, Llama 3, Qwen2.5 and Gemma 3, SmolLM3, Granite 3.3
 BASES = [1e4, 5e5, 1e6, 5e6, 1e7]
 WIDE = {"head_dim": 16}

@@ -65,6 +65,7 @@ def advice() -> str:
     return answer.split("```python\n")[1].split("```")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma3", "mistral3", "llava", "vipllava", "qwen2_audio"])
 def test_the_advice_for_saving_a_text_model_alone_works(model_type: str, tmp_path: Path) -> None:
     source = tmp_path / "source"

@@ -18,7 +18,7 @@ from xeco_convert.families import supported_model_types
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
 
-pytestmark = pytest.mark.usefixtures("without_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 FILES = sorted((Path(__file__).resolve().parents[1] / "published_configs").glob("*.json"))
 PUBLISHED: dict[str, dict[str, Any]] = {
     name: config for file in FILES for name, config in json.loads(file.read_text(encoding="utf-8")).items()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import WITHOUT_PACKAGE, make_key_norms_constant, write_json, write_weights
+from fresh import run_fresh
 from multimodal_builders import IMAGE_TOKEN, WRAPPED, build_wrapped, image_inputs, wrapped_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -104,6 +103,7 @@ def test_every_parameter_is_what_transformers_loads(model_type: str, layout: str
     assert source.family.module_name(1) in {name for name, _ in source.skeleton.named_modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WRAPPED)
 def test_a_silent_text_config_keeps_what_transformers_fills_in(model_type: str, tmp_path: Path) -> None:
     """Published files leave out what was the default of their day, and the model_type where the wrapper has one in mind."""
@@ -129,6 +129,7 @@ def test_a_silent_text_config_keeps_what_transformers_fills_in(model_type: str, 
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WRAPPED)
 def test_full_width_is_the_source_with_images_as_well(model_type: str, tmp_path: Path) -> None:
     text = "qwen2" if model_type == "internvl" else None
@@ -209,6 +210,7 @@ def test_left_padding_changes_nothing(model_type: str, converted: Callable[[str]
     torch.testing.assert_close(torch.stack(padded.logits), torch.stack(alone.logits), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*MODELS, "llava_onevision", "smolvlm"])
 def test_half_of_the_cache_on_its_own_samples(model_type: str, tmp_path: Path) -> None:
     """Sampled from the whole model, in bfloat16, from sharded files; saved by transformers and loaded again."""
@@ -247,6 +249,7 @@ assert not any(name.split(".")[0] == "xeco_convert" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_they_load_where_the_package_is_missing(converted: Callable[[str], Converted], tmp_path: Path) -> None:
     """From the files beside the weights, and from copies that the registered and the remote classes saved."""
     folders = {model_type: converted(model_type)[1] for model_type in MODELS}
@@ -258,9 +261,8 @@ def test_they_load_where_the_package_is_missing(converted: Callable[[str], Conve
         torch.save(image_inputs(model_type, rows=2), tmp_path / f"{number}.inputs")
         arguments += [str(folder), *(str(tmp_path / f"{number}.{what}") for what in ("inputs", "logits", "copy"))]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, *arguments], check=True, env=environment, cwd=tmp_path
-    )
+    done = run_fresh(WITHOUT_PACKAGE + REMOTE, *arguments, environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     for number, (model_type, _) in enumerate(jobs):
         found = torch.load(tmp_path / f"{number}.logits")
         torch.testing.assert_close(found, expected[model_type], rtol=1e-4, atol=5e-5)

@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import VARIANTS, WITHOUT_PACKAGE, exact_model, random_ids, source_model
+from fresh import run_fresh
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
@@ -232,10 +231,10 @@ for refused in (lambda: model(ids, cu_seq_lens_q=torch.tensor([0, 9])), lambda: 
 """
 
 
+@pytest.mark.slow
 def test_remote_code_reads_its_cache_and_refuses_the_same(converted: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, str(converted)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_fresh(WITHOUT_PACKAGE + REMOTE, str(converted), environment=environment)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert "cannot honour cu_seq_lens_q" in first and "continuous batching keeps the cache in pages" in second

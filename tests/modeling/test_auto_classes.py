@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh import run_fresh
 
 from xeco_convert.families import WRAPPERS, supported_model_types
 
@@ -99,14 +100,17 @@ def run(code: str, *, environment: dict[str, str] | None = None) -> subprocess.C
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_converted_folders_load_in_every_order_of_imports(order: str, llama: Path, converted: Path) -> None:
+    """torch comes first in all of them, as it does in a program of its own: what takes part in this imports it."""
     folders = f"source, out = {str(llama)!r}, {str(converted)!r}"
-    done = run("\n".join((folders, *ORDERS[order])))
+    done = run_fresh("\n".join((folders, *ORDERS[order])))
     assert done.returncode == 0, done.stderr
     assert "trust_remote_code" not in done.stderr
 
 
+@pytest.mark.slow
 def test_every_family_is_registered_by_its_names_and_its_classes_are_made_when_asked_for() -> None:
     done = run(EVERY_FAMILY)
     assert done.returncode == 0, done.stderr
@@ -122,12 +126,13 @@ def test_importing_the_package_costs_no_import_of_torch_or_transformers() -> Non
     assert run(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_tables_can_be_executed_again(converted: Path) -> None:
     code = (
         "import importlib, xeco_convert, transformers.models.auto.configuration_auto as c; importlib.reload(c); "
         f"print(c.AutoConfig.from_pretrained({str(converted)!r}).model_type)"
     )
-    done = run(code)
+    done = run_fresh(code)
     assert done.stdout.strip() == "xeco_llama", done.stderr
 
 

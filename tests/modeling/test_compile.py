@@ -20,6 +20,7 @@ def one_step(model: PreTrainedModel, token: torch.Tensor, cache: StaticCache) ->
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama_exact", "qwen2_low_rank_queries", "hybrid"])
 def test_a_decode_step_compiles_to_one_graph(kind: str, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, ids = model_of(kind), random_ids(2, 12)

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import exact_model, random_ids, source_model
+from fresh import run_fresh
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -440,19 +439,20 @@ torch.save(logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_without_the_extension_models_run_in_plain_torch_after_one_warning(
     folder_of: Callable[[str], tuple[Path, Path]], model_of: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", WITHOUT + PLAIN, str(folder_of("llama")[1]), str(tmp_path / "logits")]
+    program = (WITHOUT + PLAIN, str(folder_of("llama")[1]), str(tmp_path / "logits"))
     for name, warnings in (("", 1), ("sdpa", 0)):
         environment = {**os.environ, "XECO_ATTENTION": name}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = run_fresh(*program, environment=environment)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("attention runs in plain torch") == warnings
         found = torch.load(tmp_path / "logits")
         torch.testing.assert_close(found, model_of("llama")(torch.arange(12).view(2, 6)).logits, rtol=1e-4, atol=5e-5)
     environment = {**os.environ, "XECO_ATTENTION": "fused"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = run_fresh(*program, environment=environment)
     assert done.returncode == 1
     assert "XECO_ATTENTION=fused cannot serve this call: the extension xeco_convert._C is not there" in done.stderr
 

@@ -2,15 +2,13 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import exact_model, random_ids, source_model
+from fresh import run_fresh
 from transformers import PreTrainedModel
 
 VARIANTS = ["llama", "gemma2", "gemma3", "gpt_neox", "smollm3", "qwen3_moe", "phi3"]
@@ -55,6 +53,7 @@ def test_a_copy_gives_the_same_logits(variant: str, copied: object) -> None:
     assert torch.equal(again(ids[:, :3], use_cache=True).logits, model(ids[:, :3]).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("variant", ["llama", "gemma3", "gpt_neox"])
 def test_a_fresh_process_reads_a_model_by_the_names_of_its_classes(variant: str, kind: str, tmp_path: Path) -> None:
@@ -65,8 +64,7 @@ def test_a_fresh_process_reads_a_model_by_the_names_of_its_classes(variant: str,
         (tmp_path / "model").write_bytes(pickle.dumps(model))
     else:
         torch.save(model, tmp_path / "model")
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "given.pt"), str(tmp_path / "model"), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False, timeout=300)
+    done = run_fresh(FRESH, str(tmp_path / "given.pt"), str(tmp_path / "model"), kind)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == type(model).__name__
     torch.testing.assert_close(torch.load(tmp_path / "given.pt"), expected)

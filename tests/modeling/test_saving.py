@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders import WITHOUT_PACKAGE, random_ids, save_exact_checkpoint
+from fresh import run_fresh
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CODE_FILES = {
@@ -60,8 +59,7 @@ def run_remote(
     jobs = [(folder, work / f"{number}.pt", work / f"copy{number}") for number, folder in enumerate(folders)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules")}
     arguments = [str(path) for job in jobs for path in job]
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + REMOTE, str(work / "ids.pt"), *arguments]
-    done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False, timeout=300)
+    done = run_fresh(WITHOUT_PACKAGE + REMOTE, str(work / "ids.pt"), *arguments, environment=environment, folder=work)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning: xeco_convert is not installed; attention runs in plain torch") == 1
     return [(torch.load(logits), copy) for _, logits, copy in jobs]
@@ -150,6 +148,7 @@ def test_layers_may_be_offloaded(
     assert_same_logits(logits_of(loaded, ids), logits_of(model_of("llama"), ids))
 
 
+@pytest.mark.slow
 def test_checkpoints_load_where_the_package_is_missing(
     model_of: Callable[[str], PreTrainedModel],
     folder_of: Callable[[str], tuple[Path, Path]],

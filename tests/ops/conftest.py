@@ -1,16 +1,22 @@
 """Every kernel that this machine can run: each instruction set of the extension, on one and on two threads, and its GPU.
 
-Without the extension the same tests run on the plain kernels ("reference").
+The full product of sizes, dtypes, options and numbers of threads runs on the best instruction set; on each of the others, as
+many of its rows as have every pair of values (pairs.py), and so every size, dtype and option. XECO_TEST_EVERY_LEVEL=1 runs
+the product on all of them. Without the extension the same tests run on the plain kernels ("reference").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from elsewhere import Elsewhere
-from levels import LEVELS
+from levels import BEST_LEVEL, LEVELS
+from pairs import pairwise
 
 from xeco_convert.ops.extension import CPU_LEVELS, DEVICE_DTYPES, extension
 
@@ -48,16 +54,43 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the GPU's tests those go that would show nothing there: a second number of threads, and what plain torch computes."""
-    kept = [item for item in items if _shows_something(item)]
-    config.hook.pytest_deselected(items=[item for item in items if not _shows_something(item)])
-    items[:] = kept
+    """Leaves out tests of the GPU that would show nothing there, and of the lesser instruction sets those that repeat pairs."""
+    own = [item for item in items if Path(__file__).parent in item.path.parents]
+    left_out = {id(item) for item in own if not _shows_something(item)}
+    if os.environ.get("XECO_TEST_EVERY_LEVEL") != "1":
+        left_out |= {id(item) for item in own} - {id(item) for item in _with_every_pair(own)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = [item for item in items if id(item) not in left_out]
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 def _shows_something(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    """On the GPU not: a second number of threads, and what plain torch computes."""
+    parameters = _parameters(item)
     if parameters.get("level") != "cuda":
         return True
     if item.get_closest_marker("on_host") or parameters.get("threads") == 2:
         return False
     return "rope_and_append" in item.nodeid or parameters.get("dtype", DEVICE_DTYPES[0]) in DEVICE_DTYPES
+
+
+def _with_every_pair(items: list[pytest.Item]) -> list[pytest.Item]:
+    """All items, but of each test function on a lesser instruction set as many as have every pair of its parameters."""
+    chosen, products = [], defaultdict(list)
+    for item in items:
+        level = _parameters(item).get("level", BEST_LEVEL)
+        if level in (BEST_LEVEL, "cuda"):
+            chosen.append(item)
+        else:
+            products[item.nodeid.partition("[")[0], level].append(item)
+    for product in products.values():
+        chosen += [product[number] for number in pairwise([_row(item) for item in product])]
+    return chosen
+
+
+def _row(item: pytest.Item) -> dict[str, Hashable]:
+    """The parameters besides the level, each value by its identity: it need not be hashable, and is one object in all rows."""
+    return {name: id(value) for name, value in _parameters(item).items() if name != "level"}

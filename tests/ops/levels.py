@@ -21,3 +21,4 @@ def available_levels() -> list[str]:
 
 
 LEVELS = available_levels()
+BEST_LEVEL = [level for level in LEVELS if level != "cuda"][-1]

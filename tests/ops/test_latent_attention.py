@@ -86,6 +86,19 @@ def test_what_no_query_sees_is_not_read(rule: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [3, 11])
+def test_results_are_rounded_to_the_nearest_even_number(dtype: torch.dtype, heads: int) -> None:
+    """Half of the sum of two tokens, which float32 holds exactly; float16 below its normal numbers too. In whole vectors and
+    behind them, on the kernels for few rows and for many."""
+    q_latent, q_rope, c_kv, k_rope = inputs(Sizes(1, 2, heads, 41, 8), dtype)
+    for size in (1.0, 2.0**-17):
+        rows = (c_kv.float() * size).to(dtype)
+        out, _ = latent_attention(q_latent * 0, q_rope * 0, rows, k_rope, softmax_scale=1.0)
+        expected = rows.float().mean(dim=1).to(dtype)
+        assert torch.equal(out, expected[:, None, None].expand_as(out))
+
+
 @pytest.mark.parametrize("rule", ["an empty range", "positions before the cache"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_query_that_sees_nothing_gets_zeros(rule: str, dtype: torch.dtype) -> None:

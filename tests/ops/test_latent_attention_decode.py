@@ -17,6 +17,7 @@ CASES = [
     Sizes(1, 1, 1, 16, 16),
     Sizes(1, 129, 32, 128, 32, 1),
     Sizes(1, 3000, 5, 64, 16),
+    Sizes(1, 1300, 11, 24, 8, 1),
     Sizes(3, 700, 3, 24, 8),
     Sizes(1, 0, 3, 16, 16),
     Sizes(0, 9, 3, 16, 16),
@@ -72,9 +73,11 @@ def test_lengths_paddings_windows_and_caps_are_followed(options: str, dtype: tor
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 64, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_number_of_splits_gives_the_result(num_splits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [3, 5])
+def test_any_number_of_splits_gives_the_result(num_splits: int, dtype: torch.dtype, heads: int) -> None:
+    """With 8 rows or fewer, which 8-lane kernels compute where there are wider ones too, and with more."""
     options = {"lengths": torch.tensor([700, 60]), "starts": torch.tensor([100, 50]), "num_splits": num_splits}
-    assert_right(Sizes(2, 700, 3, 32, 16), dtype, options)
+    assert_right(Sizes(2, 700, heads, 32, 16), dtype, options)
 
 
 def test_decode_is_latent_attention_at_the_end_of_the_cache() -> None:

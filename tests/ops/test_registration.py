@@ -71,6 +71,7 @@ def compiled(function: Callable[..., Any], backend: str, dynamic: bool) -> Calla
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_forward_and_backward_compile_to_one_graph(backend: str, dynamic: bool) -> None:
@@ -84,6 +85,7 @@ def test_forward_and_backward_compile_to_one_graph(backend: str, dynamic: bool) 
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_appending_and_decoding_compile_to_one_graph(backend: str) -> None:
     step = compiled(decode_step, backend, False)

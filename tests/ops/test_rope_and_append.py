@@ -12,11 +12,11 @@ SHAPES = [(1, 1, 16, 16), (2, 5, 24, 8), (3, 1, 512, 128), (2, 129, 7, 2), (2, 0
 
 
 def operands(batch: int, queries: int, rank: int, rope: int, dtype: torch.dtype, angles: torch.dtype) -> list[Tensor]:
-    """c_kv, k_rope, cos, sin."""
+    """c_kv, k_rope, cos, sin; the two halves of the angles differ, so that none can stand for the other."""
     generator = torch.Generator().manual_seed(rank + queries)
     c_kv = torch.randn(batch, queries, rank, generator=generator).to(dtype)
     k_rope = torch.randn(batch, queries, rope, generator=generator).to(dtype)
-    phase = torch.rand(batch, queries, rope // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2) * 6
+    phase = torch.rand(batch, queries, rope, generator=generator, dtype=torch.float64) * 6
     return [c_kv, k_rope, phase.cos().to(angles), phase.sin().to(angles)]
 
 
