@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from xeco_convert.errors import XecoError
 from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.attention import balance_model
-from xeco_distill.losses.terms import terms_of
+from xeco_distill.loss_terms import terms_of
 from xeco_distill.options import DistillOptions
 from xeco_distill.teacher import hidden_states
 from xeco_distill.trainer import distillation_loss

@@ -25,7 +25,7 @@ from xeco_distill.attention import balance_model
 from xeco_distill.data import PackedRows
 from xeco_distill.data.rows import PackedRows as Rows
 from xeco_distill.evaluation.quality import measure_quality
-from xeco_distill.losses.terms import terms_of
+from xeco_distill.loss_terms import terms_of
 from xeco_distill.options import DistillOptions
 from xeco_distill.stages.layerwise import LayerwiseStage
 from xeco_distill.teacher import Teacher

@@ -41,8 +41,7 @@ def layer_shape(config: Any, number: int) -> MlaShape:
 
 def weights_of(attention: nn.Module, config: Any, number: int) -> MlaAttention:
     """The weights of a converted layer's module, without gradients; they are the module's own, not copies."""
-    state = {name: part.detach() for name, part in attention.state_dict().items()}
-    return MlaAttention.from_state_dict(state, layer_shape(config, number), f"layer {number}")
+    return MlaAttention.from_module(attention, layer_shape(config, number), f"layer {number}")
 
 
 def balance_model(model: Any) -> None:

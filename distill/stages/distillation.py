@@ -21,7 +21,7 @@ from ..callbacks import ProgressReports, Report, StopRequests, TimeLimit
 from ..data import PackedRows
 from ..errors import InterruptedRunError
 from ..evaluation.quality import measure_kept, measure_quality
-from ..losses.terms import terms_of
+from ..loss_terms import terms_of
 from ..options import DistillOptions
 from ..process import ProcessContext
 from ..resume import RunFolder

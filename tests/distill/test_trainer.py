@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.attention import balance_model
 from xeco_distill.data import PackedRows
-from xeco_distill.losses.terms import terms_of
+from xeco_distill.loss_terms import terms_of
 from xeco_distill.options import DistillOptions
 from xeco_distill.plan import Sizes, estimate
 from xeco_distill.teacher import KeptTeacher, Teacher

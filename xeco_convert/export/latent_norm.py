@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from xeco_convert.calibration.sampling import sample_windows
 from xeco_convert.evaluate import Fidelity, measure_fidelity
-from xeco_convert.factorize.latent_norm import steady_basis
+from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.modeling import LatentSelfAttention
+from xeco_convert.modeling.configuration_xeco import norm_eps
 
 _WINDOW_TOKENS = 256
 _NUM_WINDOWS = 16
@@ -46,7 +48,7 @@ def with_latent_norms(
     Layers without one get it in the steadiest basis, over tokens that the model writes itself. `on_progress` is told the share
     of that text.
     """
-    lacking = [module for module in attentions(model) if module.kv_a_layernorm is None]
+    lacking = {number: module for number, module in enumerate(attentions(model)) if module.kv_a_layernorm is None}
     if not lacking:
         return NormStep(model=model, fidelity=None)
     longest = getattr(model.config, "max_position_embeddings", _WINDOW_TOKENS)
@@ -59,30 +61,28 @@ def with_latent_norms(
         device=torch.device("cpu"),
         on_progress=on_progress,
     )
-    latents = _latents(model, lacking, windows.ids, windows.counts)
+    latents = _latents(model, list(lacking.values()), windows.ids, windows.counts)
     before = copy.deepcopy(model)
-    eps = getattr(model.config, "rms_norm_eps", None) or model.config.layer_norm_eps
-    for module, rows in zip(lacking, latents, strict=True):
-        matrix = steady_basis(rows, seed=seed).matrix
-        down, up = module.kv_a_proj_with_mqa.weight, module.kv_b_proj.weight
-        down[: module.kv_lora_rank] = (matrix @ down[: module.kv_lora_rank].double()).to(down.dtype)
-        up.copy_(torch.linalg.solve(matrix.T, up.double().T).T)
-        module.kv_a_layernorm = nn.RMSNorm(module.kv_lora_rank, eps=eps)
+    for (number, module), rows in zip(lacking.items(), latents, strict=True):
+        shape = model.config.layer(number).in_model(model.config)
+        layer = MlaAttention.from_module(module, shape, f"layer {number}")
+        module.kv_a_layernorm = nn.RMSNorm(module.kv_lora_rank, eps=norm_eps(model.config))
+        module.load_state_dict(with_steady_basis(layer, steady_basis(rows, seed=seed)).state_dict())
     return NormStep(model=model, fidelity=measure_fidelity(before, model, windows.ids))
 
 
 def _latents(model: Any, modules: list[LatentSelfAttention], ids: Tensor, counts: Tensor) -> list[Tensor]:
     """Latents [n, R] of the tokens that count, for each module."""
-    found: list[list[Tensor]] = [[] for _ in modules]
+    latents: list[list[Tensor]] = [[] for _ in modules]
     current: list[Tensor] = []
 
-    def keep(place: int) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            found[place].append(output[..., : modules[place].kv_lora_rank][current[0]])
+    def hook_of(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            latents[number].append(output[..., : modules[number].kv_lora_rank][current[0]])
 
         return hook
 
-    handles = [module.kv_a_proj_with_mqa.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
+    handles = [module.kv_a_proj_with_mqa.register_forward_hook(hook_of(i)) for i, module in enumerate(modules)]
     try:
         for window, counted in zip(ids.split(4), counts.split(4), strict=True):
             current[:] = [counted]
@@ -90,4 +90,4 @@ def _latents(model: Any, modules: list[LatentSelfAttention], ids: Tensor, counts
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(rows) for rows in found]
+    return [torch.cat(rows) for rows in latents]

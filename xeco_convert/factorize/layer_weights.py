@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xeco_convert.errors import CheckpointError
 from xeco_convert.modeling.layer_xeco import FIELDS, MlaShape
@@ -137,6 +137,12 @@ class MlaAttention:
             )
         fields = {FIELDS[name]: tensor for name, tensor in tensors.items()}
         return cls(**fields, rope_index=shape.rope_index)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_module(cls, attention: nn.Module, shape: MlaShape, where: str) -> MlaAttention:
+        """The weights of a converted layer's module, without gradients; they are the module's own, not copies."""
+        state = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
+        return cls.from_state_dict(state, shape, where)
 
     def to(self, dtype: torch.dtype) -> MlaAttention:
         """The same weights in another floating dtype."""

@@ -13,8 +13,8 @@ from runs import quick
 from xeco_convert.errors import OptionError
 from xeco_convert.settings import option, require
 from xeco_distill.cli import main
+from xeco_distill.loss_terms import terms_of
 from xeco_distill.losses import LOSSES, Loss
-from xeco_distill.losses.terms import terms_of
 from xeco_distill.options import DistillOptions
 from xeco_distill.pipeline import heal
 

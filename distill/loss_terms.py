@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..options import DistillOptions
-from .chunked import Term
-from .cross_entropy import CrossEntropy
+from .losses.chunked import Term
+from .losses.cross_entropy import CrossEntropy
+from .options import DistillOptions
 
 
 def terms_of(options: DistillOptions) -> tuple[Term, ...]:
