@@ -22,7 +22,7 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.calibration.windows import windows_of_documents
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
-from xeco_convert.factorize.attention import AttentionContext, mla_output
+from xeco_convert.factorize.attention import AttentionContext
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.files import write_whole
 from xeco_convert.refine import LayerRefinement, RefineOptions
@@ -89,7 +89,8 @@ class LayerwiseStage:
             if self._config.layer(view.number) is not None and (chained or mine):
                 factors = self._healed_layer(view, view.inputs if healed is None else healed)
             if healed is not None:
-                self._advance(view, healed, factors)
+                context = None if factors is None else self._context(view)
+                view.advance(healed, factors, self._opened.geometry.num_attention_heads, context)
         on_progress("layers", 1.0, {})
 
     def result(self) -> LayerwiseResult:
@@ -159,18 +160,6 @@ class LayerwiseStage:
             seconds=None if minutes is None else minutes * 60 / layers,
             seed=self._options.seed,
         )
-
-    @torch.no_grad()
-    def _advance(self, view: LayerView, healed: Tensor, factors: MlaAttention | None) -> None:
-        """Move the healed model's hidden states through its own layer."""
-        for part in view.batches(healed):
-            inputs = healed[part]
-            if factors is None:
-                healed[part] = view.run(inputs)
-            else:
-                heads = self._opened.geometry.num_attention_heads
-                attention = mla_output(factors, heads, view.normed(inputs), self._context(view))
-                healed[part] = view.run_with_attention(inputs, attention)
 
     def _load(self, layer: int) -> dict[str, Any] | None:
         file = self._folder / f"layer-{layer:03d}.pt"

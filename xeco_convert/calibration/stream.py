@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.checkpoint import TensorReader
 from xeco_convert.errors import CheckpointError, reason_of
-from xeco_convert.factorize.attention import AttentionContext
+from xeco_convert.factorize.attention import AttentionContext, mla_output
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.families import FamilySpec
 from xeco_convert.quality import OutputHead
 from xeco_convert.source import SourceModel
@@ -100,6 +101,20 @@ class LayerView:
             return self.run(inputs)
         finally:
             setattr(self.layer, self.family.module, original)
+
+    @torch.no_grad()
+    def advance(
+        self, hidden: Tensor, factors: MlaAttention | None, num_heads: int, context: AttentionContext | None = None
+    ) -> None:
+        """Move a converted model's hidden states [W, T, X] through its own layer, in place. `factors`: its attention; None where
+        it kept the source's. `context`: where that has rotary frequencies of its own, or an epsilon for its latent norm."""
+        for part in self.batches(hidden):
+            inputs = hidden[part]
+            if factors is None:
+                hidden[part] = self.run(inputs)
+            else:
+                attention = mla_output(factors, num_heads, self.normed(inputs), context or self.context())
+                hidden[part] = self.run_with_attention(inputs, attention)
 
     def attention_target(self, before: Tensor, attention_output: Tensor, inputs: Tensor) -> Tensor:
         """What the attention should put out at `inputs` [w, T, X] so that the residual stream becomes what the source's

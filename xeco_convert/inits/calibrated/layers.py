@@ -112,7 +112,7 @@ class CalibratedLayers:
                 layer = self._convert(view, shapes[view.number], converted, tell)
                 factors = layer.factors
                 yield layer
-            self._advance(view, converted, factors)
+            view.advance(converted, factors, plan.source.geometry.num_attention_heads)
             last = view
         assert converted is not None, "a model has layers"
         self._measure(last, converted)
@@ -286,15 +286,3 @@ class CalibratedLayers:
             )
             total += float(target.square().sum())
         return lost / total if total > 0 else 0.0
-
-    @torch.no_grad()
-    def _advance(self, view: LayerView, converted: Tensor, factors: MlaAttention | None) -> None:
-        """Move the converted model's hidden states through its own layer."""
-        for part in view.batches(converted):
-            inputs = converted[part]
-            if factors is None:
-                converted[part] = view.run(inputs)
-            else:
-                heads = self._plan.source.geometry.num_attention_heads
-                attention = mla_output(factors, heads, view.normed(inputs), view.context())
-                converted[part] = view.run_with_attention(inputs, attention)
