@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xeco_convert
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError
-from xeco_convert.export import ExportOptions, export_checkpoint, pipeline
+from xeco_convert.export import ExportOptions, export_checkpoint
+from xeco_convert.export.formats.deepseek_v3 import tensors
 
 # (variant, rotary type, options): what stock classes can hold
 PORTABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -219,13 +220,13 @@ def test_unknown_formats_and_targets_are_refused(fields: dict[str, str]) -> None
 def test_a_mismatch_is_an_error_and_leaves_nothing(
     llama_portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pipeline.stock_tensors
+    original = tensors.stock_tensors
 
     def damaged(*arguments: Any) -> Any:
         for name, tensor in original(*arguments):
             yield name, tensor.flip(0) if name.endswith("1.self_attn.kv_a_proj_with_mqa.weight") else tensor
 
-    monkeypatch.setattr(pipeline, "stock_tensors", damaged)
+    monkeypatch.setattr(tensors, "stock_tensors", damaged)
     with pytest.raises(VerificationError, match=r"differs from the converted model: logits by .* nothing was written"):
         export_checkpoint(llama_portable, tmp_path / "stock")
     assert list(tmp_path.iterdir()) == []

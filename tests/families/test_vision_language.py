@@ -59,8 +59,8 @@ def convert(source: Path, output: Path, **options: Any) -> ConversionReport:
     words = torch.randint(3, IMAGE_TOKEN, (4096,), generator=torch.Generator().manual_seed(5))
     text = source.parent / "words.txt"
     text.write_text(" ".join(f"w{number}" for number in words.tolist()))
-    settings = {"calibration": str(text), "calibration_tokens": 1024, "layers": "0-2", **options}
-    return xeco_convert.convert(source, output, **settings)
+    calibrated = {} if options.get("init") == "paper" else {"calibration": str(text), "calibration_tokens": 1024}
+    return xeco_convert.convert(source, output, **{"layers": "0-2", **calibrated, **options})
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def test_what_a_text_model_alone_does_to_its_logits_is_left_out_as_in_transforme
     plan = make_plan(CheckpointIndex.open(folder), ConvertOptions(rank=8))
     ids = torch.randint(3, IMAGE_TOKEN, (1, 8))
     windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
-    stream = SourceStream(plan, windows, torch.device("cpu"))
+    stream = SourceStream(plan.source, windows, torch.device("cpu"))
     for view in stream.layers():
         hidden = view.run(view.inputs)
     found = stream.output_head().logits(hidden[0])
@@ -340,7 +340,7 @@ def test_verify_finds_a_tensor_that_is_not_the_source_s(tmp_path: Path, monkeypa
     changed = lambda self, one: (1.01 * part if one == wrong else part for part in read(self, one))  # noqa: E731
     monkeypatch.setattr(TensorReader, "read_chunks", changed)
     with pytest.raises(VerificationError, match="its attention set aside, differs from the source: logits by"):
-        convert(folder, tmp_path / "out", init="paper", rank=8, rope_dim=4, calibration=None, verify=True)
+        convert(folder, tmp_path / "out", init="paper", rank=8, rope_dim=4, verify=True)
 
 
 def test_experts_within_a_model_of_text_and_images_are_copied(tmp_path: Path) -> None:
