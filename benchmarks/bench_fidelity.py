@@ -34,6 +34,7 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.text import read_windows as read_calibration
 from xeco_convert.errors import OptionError, XecoError
 from xeco_convert.evaluate import Fidelity, measure_fidelity, sequence_windows, token_windows
+from xeco_convert.inits.calibrated import CalibratedInitialisation
 from xeco_convert.options import ConvertOptions
 from xeco_convert.report import ConversionReport
 
@@ -335,7 +336,7 @@ def calibration_file(options: argparse.Namespace, folder: Path) -> Path:
 
 def calibration_windows(file: Path, tokens: int | None, checkpoint: Path) -> CalibrationWindows:
     """The windows that the package calibrates on."""
-    num_tokens = tokens or int(ConvertOptions(rank=1).calibration_tokens)
+    num_tokens = tokens or CalibratedInitialisation().calibration_tokens
     return read_calibration(str(file), checkpoint, length=_CALIBRATION_WINDOW, num_tokens=num_tokens)
 
 

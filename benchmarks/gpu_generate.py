@@ -29,7 +29,8 @@ from reporting import format_table, machine_facts, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from xeco_convert.modeling.configuration_xeco import MlaLayer, family_config_class
+from xeco_convert.modeling.configuration_xeco import family_config_class
+from xeco_convert.modeling.layer_xeco import MlaLayer
 
 BOUND = 2.0
 _SHARE_OF_MEMORY = 0.8  # the rest: one layer's cache is copied as it grows, logits, the allocator's gaps

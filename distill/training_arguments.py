@@ -56,7 +56,8 @@ def training_arguments(
     on_cuda: bool,
     **fields: Any,
 ) -> Any:
-    """TrainingArguments (or the subclass `kind`) for one stage. `fsdp_layers`: decoder layer classes, where FSDP2 shards.
+    """TrainingArguments (or the subclass `kind`) for one stage. `fsdp_layers`: decoder layer classes, where FSDP2 shards;
+    `fields`: further fields of that class, which the stage sets itself.
 
     Raises `OptionError` for names that transformers does not have and values that it refuses.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Generic, TypeVar
 
 from xeco_convert.errors import OptionError
@@ -18,10 +18,12 @@ Entry = TypeVar("Entry", bound=Any)
 
 
 class Registry(Generic[Entry]):
-    """Entries by their attribute `name`, those of `package` and those that others add."""
+    """Entries by their attribute `name`, those of `package` and those that others add. `without`: modules of the package that
+    hold no entry, and take long to import."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, *, without: Collection[str] = ()) -> None:
         self._package = package
+        self._without = frozenset(without)
         self._entries: dict[str, Entry] = {}
         self._loaded = False
 
@@ -58,4 +60,5 @@ class Registry(Generic[Entry]):
         self._loaded = True
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+            if module.name not in self._without:
+                importlib.import_module(f"{self._package}.{module.name}")

@@ -9,7 +9,7 @@ Letters: N tokens, n tokens of a chunk, X hidden_size, V vocabulary, v entries o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -81,6 +81,10 @@ class Chunk:
         """The vocabulary in order, a slab at a time."""
         for start in range(0, self.student_logits.shape[1], self._slab_width):
             yield Slab(self, slice(start, min(start + self._slab_width, self.student_logits.shape[1])))
+
+    def sum_over_vocabulary(self, of_slab: Callable[[Slab], Tensor]) -> Tensor:
+        """Sum [n] over the vocabulary of what `of_slab` gives [n, v], a slab at a time."""
+        return torch.stack([of_slab(slab).sum(dim=1) for slab in self.slabs()]).sum(dim=0)
 
     def tempered(self, logits: Tensor) -> Tensor:
         """Logits in computing precision, divided by the temperature."""

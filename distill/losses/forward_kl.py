@@ -22,10 +22,8 @@ class ForwardKL(TemperedLoss):
         return ForwardKLTopK() if self.temperature == 1.0 else None
 
     def losses(self, chunk: Chunk) -> Tensor:
-        import torch
-
-        parts = [(slab.teacher_p * (slab.teacher_logp - slab.student_logp)).sum(dim=1) for slab in chunk.slabs()]
-        return torch.stack(parts).sum(dim=0) * self.temperature**2
+        divergence = chunk.sum_over_vocabulary(lambda slab: slab.teacher_p * (slab.teacher_logp - slab.student_logp))
+        return divergence * self.temperature**2
 
     def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
         return (slab.student_p - slab.teacher_p) * self.temperature**2

@@ -29,15 +29,13 @@ class JSD(TemperedLoss):
         require(0 < self.jsd_beta < 1, "--jsd-beta", "a number between 0 and 1", self.jsd_beta)
 
     def losses(self, chunk: Chunk) -> Tensor:
-        import torch
+        return chunk.sum_over_vocabulary(self._of_slab) * self.temperature**2
 
-        parts = []
-        for slab in chunk.slabs():
-            middle = self._middle(slab)
-            teacher = slab.teacher_p * (slab.teacher_logp - middle)
-            student = slab.student_p * (slab.student_logp - middle)
-            parts.append((self.jsd_beta * teacher + (1 - self.jsd_beta) * student).sum(dim=1))
-        return torch.stack(parts).sum(dim=0) * self.temperature**2
+    def _of_slab(self, slab: Slab) -> Tensor:
+        middle = self._middle(slab)
+        teacher = slab.teacher_p * (slab.teacher_logp - middle)
+        student = slab.student_p * (slab.student_logp - middle)
+        return self.jsd_beta * teacher + (1 - self.jsd_beta) * student
 
     def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
         # through the softmax: p_student · (a − Σ p_student a), with a = (1 − β)(ln p_student − ln m)
@@ -54,10 +52,8 @@ class JSD(TemperedLoss):
 
     def _mean_pull(self, slab: Slab) -> Tensor:
         """Σ p_student a over the whole vocabulary, kept on the chunk for its other slabs."""
-        import torch
-
         pulls: dict[JSD, Tensor] = slab.chunk.__dict__.setdefault("_jsd_mean_pull", {})
         if self not in pulls:
-            parts = [(one.student_p * (one.student_logp - self._middle(one))).sum(dim=1) for one in slab.chunk.slabs()]
-            pulls[self] = (1 - self.jsd_beta) * torch.stack(parts).sum(dim=0) * self.temperature**2
+            pull = slab.chunk.sum_over_vocabulary(lambda one: one.student_p * (one.student_logp - self._middle(one)))
+            pulls[self] = (1 - self.jsd_beta) * pull * self.temperature**2
         return pulls[self]

@@ -65,7 +65,7 @@ class TemperedLoss(Loss):
         require(self.temperature > 0, "--temperature", "a positive number", self.temperature)
 
 
-LOSSES: Registry[type[Loss]] = Registry("xeco_distill.losses")
+LOSSES: Registry[type[Loss]] = Registry("xeco_distill.losses", without=("chunked", "forward_kl_top_k", "prediction"))
 
 
 def loss_from(name: str, values: Mapping[str, Any]) -> Loss:

@@ -17,10 +17,8 @@ class ReverseKL(TemperedLoss):
     figure = "reverse KL"
 
     def losses(self, chunk: Chunk) -> Tensor:
-        import torch
-
-        parts = [(slab.student_p * (slab.student_logp - slab.teacher_logp)).sum(dim=1) for slab in chunk.slabs()]
-        return torch.stack(parts).sum(dim=0) * self.temperature**2
+        divergence = chunk.sum_over_vocabulary(lambda slab: slab.student_p * (slab.student_logp - slab.teacher_logp))
+        return divergence * self.temperature**2
 
     def gradient(self, slab: Slab, losses: Tensor) -> Tensor:
         squared = self.temperature**2

@@ -21,13 +21,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"]])
-def test_help_imports_neither_torch_nor_transformers(arguments: list[str]) -> None:
+HELP = [
+    ("xeco_convert", []),
+    *(("xeco_convert", [name]) for name in ("inspect", "sweep", "export", "refresh")),
+    ("xeco_distill", []),
+    ("xeco_distill", ["eval"]),
+    ("xeco_distill", ["recipes"]),
+]
+
+
+@pytest.mark.parametrize(("package", "command"), HELP)
+def test_help_imports_neither_torch_nor_transformers(package: str, command: list[str]) -> None:
     code = f"""
 import sys
-from xeco_convert.cli import main
+from {package}.cli import main
 try:
-    main({arguments!r})
+    main({[*command, "--help"]!r})
 except SystemExit as done:
     assert done.code == 0
 heavy = {{"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "rich"}} & set(sys.modules)
@@ -35,7 +44,7 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert "Usage: xeco-convert" in done.stdout
+    assert f"Usage: {package.replace('_', '-')}" in done.stdout
 
 
 def test_help_names_every_option_and_the_subcommand(run: Runner) -> None:
