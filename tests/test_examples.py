@@ -14,7 +14,7 @@ import xeco_convert
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.demo.language import generate_text
 
-pytestmark = pytest.mark.usefixtures("without_plots")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -21,6 +21,8 @@ from xeco_distill.sharding import shard
 from xeco_distill.teacher import Teacher
 from xeco_distill.trainer import distillation_loss, run_inside
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

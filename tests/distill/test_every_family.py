@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {
     "learning_rate": 1e-3,
     "device": "cpu",
 }
-pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::FutureWarning")]
 
 
 @pytest.fixture(scope="module", params=KINDS)

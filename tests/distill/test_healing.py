@@ -15,6 +15,8 @@ from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.pretrained import load_causal_lm
 from xeco_distill.pipeline import HealingReport, heal
 
+pytestmark = pytest.mark.slow
+
 Files = Callable[[Path], dict[str, bytes]]
 
 

@@ -23,6 +23,8 @@ from xeco_distill.errors import HealingError
 from xeco_distill.pipeline import heal
 from xeco_distill.trainer import COMPLETE, DistillationTrainer
 
+pytestmark = pytest.mark.slow
+
 Files = Callable[[Path], dict[str, bytes]]
 COMMAND = Path(sys.executable).parent / "xeco-distill"
 RUN = (

@@ -12,6 +12,8 @@ from commands import Converted, Runner
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def perplexity(folder: Path, windows: torch.Tensor) -> float:
     """exp of the mean loss over all but the first token of each window, in float32."""
