@@ -67,7 +67,6 @@ def plan_conversion(source: str | Path, output: str | Path | None, options: Conv
     """What `convert` would do, from headers alone; with `output`, whether that folder can be written. Raises as `convert`."""
     index = CheckpointIndex.open(source, options.revision)
     if output is not None:
-        device_by_name(options.device)
         check_output(Path(output), index.folder, overwrite=options.overwrite)
     return make_plan(index, options)
 

@@ -62,8 +62,9 @@ class RankPolicy(ABC):
     """A policy with the values of its options, which are its dataclass fields.
 
     `chosen_by`: the options of which one selects it. `sentences`: what to say where another of its options is given without
-    them. `needs_costs`: whether it asks the survey for costs, which only calibration can measure. `is_final`: whether the
-    widths follow from the options alone.
+    them; `conflicts`: what to say of options that every conversion has and that have no meaning beside it. `needs_costs`:
+    whether it asks the survey for costs, which only calibration can measure. `is_final`: whether the widths follow from the
+    options alone.
     """
 
     name: ClassVar[str]
