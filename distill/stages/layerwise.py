@@ -89,8 +89,7 @@ class LayerwiseStage:
             if self._config.layer(view.number) is not None and (chained or mine):
                 factors = self._healed_layer(view, view.inputs if healed is None else healed)
             if healed is not None:
-                context = None if factors is None else self._context(view)
-                view.advance(healed, factors, self._opened.geometry.num_attention_heads, context)
+                self._advance(view, healed, factors)
         on_progress("layers", 1.0, {})
 
     def result(self) -> LayerwiseResult:
@@ -160,6 +159,11 @@ class LayerwiseStage:
             seconds=None if minutes is None else minutes * 60 / layers,
             seed=self._options.seed,
         )
+
+    def _advance(self, view: LayerView, healed: Tensor, factors: MlaAttention | None) -> None:
+        """Move the healed model's hidden states through its own layer, which may rotate by frequencies of its own."""
+        context = None if factors is None else self._context(view)
+        view.advance(healed, factors, self._opened.geometry.num_attention_heads, context)
 
     def _load(self, layer: int) -> dict[str, Any] | None:
         file = self._folder / f"layer-{layer:03d}.pt"
