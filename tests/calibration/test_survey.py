@@ -54,7 +54,7 @@ def surveyed(llama: Path, share: float | None = None) -> tuple[list[dict[Widths,
             return factors, share
 
         survey.add(view, source, layer, None if share is None else unchanged)
-    return survey.costs(view.inputs, stream.output_head()), survey
+    return survey.costs(view.outputs, stream.output_head()), survey
 
 
 def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
                 hidden = view.run_with_attention(view.inputs, output)
             elif view.number > 1:
                 hidden = view.run(hidden)
-    kl = stream_fidelity(stream.output_head(), view.inputs, hidden, windows.ids, windows.counts).kl
+    kl = stream_fidelity(stream.output_head(), view.outputs, hidden, windows.ids, windows.counts).kl
     assert costs[1][branch] == pytest.approx(kl, rel=1e-3)
     assert survey._layers[1].errors[branch] == pytest.approx(error, rel=1e-4)
     for found, layer_costs in zip(survey._layers.values(), costs, strict=True):
