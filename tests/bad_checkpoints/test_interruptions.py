@@ -159,7 +159,7 @@ def test_a_real_process_stops_at_any_moment_and_says_what_is_kept(
 ) -> None:
     """Started as Slurm and CI do it, without a terminal; the progress in the log says when to stop it."""
     arguments = [str(source), str(tmp_path / "out"), "--rank", "8", "--calibration-tokens", "1024"]
-    arguments += ["--refine", "--refine-steps", "400", "--work-dir", str(tmp_path / "work")]
+    arguments += ["--refine", "--refine-steps", "120", "--work-dir", str(tmp_path / "work")]
     log = tmp_path / "log"
     process = start_command("xeco-convert", *arguments, log=log)
     tick = threading.Event()
