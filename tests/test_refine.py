@@ -13,7 +13,7 @@ from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import LayerView, SourceStream
 from xeco_convert.checkpoint import CheckpointIndex, TensorReader
 from xeco_convert.factorize import MlaAttention, SourceAttention
-from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.refit_scores import ScoreRefit
 from xeco_convert.factorize.statistics import StatisticsAccumulator
@@ -50,7 +50,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def refinement(setting: Setting, **options: float) -> LayerRefinement:
     fields = {"steps": 40, "batch_tokens": 512, "learning_rate": 2e-3, **options}
-    return LayerRefinement(setting.view, setting.source, setting.view.inputs, 160, RefineOptions(**fields))  # type: ignore[arg-type]
+    return LayerRefinement(
+        setting.view, setting.source.num_attention_heads, setting.view.inputs, 160, RefineOptions(**fields)
+    )  # type: ignore[arg-type]
 
 
 def test_the_held_out_error_is_that_of_counted_tokens_after_the_layer(setting: Setting) -> None:
@@ -107,7 +109,7 @@ def test_the_regression_stops_by_the_clock(setting: Setting) -> None:
 
 def test_one_training_window_is_enough(setting: Setting) -> None:
     options = RefineOptions(steps=2)
-    work = LayerRefinement(setting.view, setting.source, setting.view.inputs, 2, options)
+    work = LayerRefinement(setting.view, setting.source.num_attention_heads, setting.view.inputs, 2, options)
     assert work.run(setting.start).errors.keys() == {"start", "refit", "scores", "regression"}
 
 
@@ -120,9 +122,7 @@ def test_an_attention_that_gives_its_target_makes_up_for_the_layers_below(varian
     ids = random_ids(2, 16)
     windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
     view = next(SourceStream(opened, windows, torch.device("cpu")).layers())
-    source = read_attention(opened, TensorReader(opened.index), 0, torch.device("cpu"))
-    before = view.inputs
-    inputs = before + 0.3 * torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
-    output = source_output(source, view.normed(before), view.context())
-    found = view.run_with_attention(inputs, view.attention_target(before, output, inputs))
-    torch.testing.assert_close(found, view.run(before), rtol=1e-4, atol=1e-4)  # 1.5e-6 observed
+    noise = torch.randn(view.inputs.shape, generator=torch.Generator().manual_seed(1))
+    inputs = view.inputs + 0.3 * noise
+    found = view.run_with_attention(inputs, view.attention_target(slice(None), inputs))
+    torch.testing.assert_close(found, view.outputs, rtol=1e-4, atol=1e-4)  # 1.5e-6 observed

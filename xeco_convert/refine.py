@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
-from xeco_convert.factorize.attention import AttentionContext, mla_output, source_output
+from xeco_convert.factorize.attention import AttentionContext, mla_output
 from xeco_convert.factorize.balance import balance_scales
-from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
+from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 
@@ -68,34 +68,30 @@ class LayerRefinement:
     def __init__(
         self,
         view: LayerView,
-        source: SourceAttention,
+        num_heads: int,
         inputs: Tensor,
         windows: int,
         options: RefineOptions,
         context: AttentionContext | None = None,
     ) -> None:
         self._view = view
-        self._source = source
         self._inputs = inputs
         self._options = options
-        self._heads = source.num_attention_heads
+        self._heads = num_heads
         self._context = view.context() if context is None else context
         held_out = max(1, min(options.held_out_windows, windows // 8))
         self._trained, self._held_out = slice(0, windows - held_out), slice(windows - held_out, windows)
         self._batch = max(1, options.batch_tokens // inputs.shape[1])
-        self._targets = torch.empty_like(inputs[:windows])
-        self._scale = self._aim()
+        self._scale = self._added_square()
 
     @torch.no_grad()
-    def _aim(self) -> float:
-        """Targets: the source's hidden states after the layer. Returns the mean square of what the layer adds."""
+    def _added_square(self) -> float:
+        """Mean square of what the source's layer adds to the residual stream."""
         added, counted = 0.0, 0
         for part in self._parts(slice(0, self._held_out.stop)):
-            before = self._view.inputs[part]
-            self._targets[part] = self._view.run(before)
             counts = self._view.counts[part]
-            added += float((self._targets[part] - before)[counts].square().sum())
-            counted += int(counts.sum()) * before.shape[-1]
+            added += float((self._view.outputs[part] - self._view.inputs[part])[counts].square().sum())
+            counted += int(counts.sum()) * self._inputs.shape[-1]
         return added / counted
 
     def run(self, start: MlaAttention, on_progress: Share = lambda share: None) -> RefinedLayer:
@@ -129,7 +125,7 @@ class LayerRefinement:
     @torch.no_grad()
     def _refit(self, start: MlaAttention) -> MlaAttention:
         """Value side by least squares, towards the source's hidden states after attention."""
-        refit = ValueRefit(self._source, start, self._context)
+        refit = ValueRefit(start, self._heads, self._context)
         for part in self._parts(self._trained):
             # the last eighth chooses the ridge, but something must be left to fit
             held_out = part.start > 0 and part.stop > self._trained.stop - self._trained.stop // 8
@@ -171,9 +167,7 @@ class LayerRefinement:
 
     def _wanted(self, part: slice) -> Tensor:
         """What leads from the converted model's states to the source's hidden states after attention [w, T, X]."""
-        before = self._view.inputs[part]
-        output = source_output(self._source, self._view.normed(before), self._context)
-        return self._view.attention_target(before, output, self._inputs[part])
+        return self._view.attention_target(part, self._inputs[part])
 
     @torch.no_grad()
     def held_out_error(self, factors: MlaAttention) -> float:
@@ -187,7 +181,7 @@ class LayerRefinement:
         """Mean squared error of the hidden states after the layer, relative to what the source's layer adds."""
         inputs = self._inputs[part]
         attention = mla_output(factors, self._heads, self._view.normed(inputs), self._context)
-        error = self._view.run_with_attention(inputs, attention) - self._targets[part]
+        error = self._view.run_with_attention(inputs, attention) - self._view.outputs[part]
         return error[self._view.counts[part]].square().mean() / self._scale
 
     def _regress(

@@ -27,7 +27,6 @@ from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.files import write_whole
 from xeco_convert.refine import LayerRefinement, RefineOptions
 from xeco_convert.source import open_source
-from xeco_convert.source_attention import read_attention
 
 from ..attention import attention_prefixes, layer_shape, student_family
 from ..data import PackedRows
@@ -67,7 +66,6 @@ class LayerwiseStage:
         self._reader = TensorReader(student)
         self._config = _model_config(student)
         self._opened = open_source(source)
-        self._source_reader = TensorReader(source)
         self._folder = folder
         self._options = options
         self._device = device
@@ -121,10 +119,8 @@ class LayerwiseStage:
     def _healed_layer(self, view: LayerView, inputs: Tensor) -> MlaAttention:
         stored = self._load(view.number)
         if stored is None:
-            source = read_attention(self._opened, self._source_reader, view.number, self._device)
-            refinement = LayerRefinement(
-                view, source, inputs, self._windows.ids.shape[0], self._refine_options(), self._context(view)
-            )
+            heads, windows = self._opened.geometry.num_attention_heads, self._windows.ids.shape[0]
+            refinement = LayerRefinement(view, heads, inputs, windows, self._refine_options(), self._context(view))
             with torch.random.fork_rng(devices=[]):
                 refined = refinement.run(self._own_layer(view.number))
             stored = {"factors": vars(refined.factors), "errors": refined.errors, "kept": refined.kept}

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_checkpoint, source_config, write_json, write_weights
+from fresh import start_command
 from safetensors.torch import load_file
 
 import xeco_convert
@@ -158,21 +159,15 @@ def test_a_real_process_stops_at_any_moment_and_says_what_is_kept(
 ) -> None:
     """Started as Slurm and CI do it, without a terminal; the progress in the log says when to stop it."""
     arguments = [str(source), str(tmp_path / "out"), "--rank", "8", "--calibration-tokens", "1024"]
-    arguments += ["--refine", "--refine-steps", "400", "--work-dir", str(tmp_path / "work")]
+    arguments += ["--refine", "--refine-steps", "120", "--work-dir", str(tmp_path / "work")]
     log = tmp_path / "log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [str(COMMAND), *arguments],
-            stdout=stream,
-            stderr=stream,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-        )
-        tick = threading.Event()
-        while process.poll() is None and moment not in log.read_text():
-            tick.wait(0.005)
-        process.send_signal(number)
-        process.send_signal(number)
-        assert process.wait(timeout=120) == 1
+    process = start_command("xeco-convert", *arguments, log=log)
+    tick = threading.Event()
+    while process.poll() is None and moment not in log.read_text():
+        tick.wait(0.005)
+    process.send_signal(number)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 1
     lines = log.read_text().splitlines()
     assert "Traceback" not in log.read_text() and "\r" not in log.read_text()
     assert lines[-1] == "xeco-convert: interrupted; nothing was written" + LAYERS_DONE.format(work=tmp_path / "work")

@@ -46,12 +46,13 @@ def test_layers_are_those_of_the_whole_model(variant: str, rope: str, tmp_path: 
             found = source_output(source, view.normed(view.inputs), view.context())
             torch.testing.assert_close(found, attention[view.number], rtol=1e-4, atol=1e-5)
             again = view.run_with_attention(view.inputs, found)
-            torch.testing.assert_close(again, view.run(view.inputs), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(again, view.outputs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(view.run(view.inputs), view.outputs, rtol=1e-4, atol=1e-5)
             assert type(view.attention).__name__ != "_Given"
             assert view.inputs.dtype == torch.float32
     assert last.number == 2
-    # after the last layer the view holds the final hidden states, whose logits are the model's
-    torch.testing.assert_close(stream.output_head().logits(last.inputs), logits, rtol=1e-4, atol=1e-4)
+    # the outputs of the last layer are the final hidden states, whose logits are the model's
+    torch.testing.assert_close(stream.output_head().logits(last.outputs), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_one_layer_is_in_memory_at_a_time(llama: Path) -> None:
@@ -70,7 +71,7 @@ def test_weights_of_half_precision_are_computed_in_float32(tmp_path: Path) -> No
     *_, last = stream.layers()
     with torch.no_grad():
         expected = model(windows.ids).logits
-    torch.testing.assert_close(stream.output_head().logits(last.inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stream.output_head().logits(last.outputs), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -80,9 +81,9 @@ def pair(llama: Path) -> tuple[OutputHead, PreTrainedModel, torch.Tensor, torch.
     windows = CalibrationWindows(ids=ids, counts=torch.ones_like(ids, dtype=torch.bool), description="random")
     stream = SourceStream(plan_for(llama).source, windows, CPU)
     *_, last = stream.layers()
-    noise = torch.randn(last.inputs.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(last.outputs.shape, generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    return stream.output_head(), model, ids, last.inputs, last.inputs + 0.5 * noise
+    return stream.output_head(), model, ids, last.outputs, last.outputs + 0.5 * noise
 
 
 def test_fidelity_is_that_of_the_formulas(

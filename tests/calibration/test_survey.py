@@ -22,7 +22,6 @@ from xeco_convert.factorize.attention import mla_output, source_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import StatisticsAccumulator
-from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.ranks import Widths
 from xeco_convert.source_attention import read_attention
 
@@ -54,7 +53,7 @@ def surveyed(llama: Path, share: float | None = None) -> tuple[list[dict[Widths,
             return factors, share
 
         survey.add(view, source, layer, None if share is None else unchanged)
-    return survey.costs(view.inputs, stream.output_head()), survey
+    return survey.costs(view.outputs, stream.output_head()), survey
 
 
 def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
@@ -78,7 +77,8 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
                 hidden = view.run_with_attention(view.inputs, output)
             elif view.number > 1:
                 hidden = view.run(hidden)
-    kl = stream_fidelity(stream.output_head(), view.inputs, hidden, windows.ids, windows.counts).kl
+    logp, other = (stream.output_head().logits(states).log_softmax(dim=-1) for states in (view.outputs, hidden))
+    kl = float(torch.nn.functional.kl_div(other, logp, log_target=True, reduction="none").sum(dim=-1).mean())
     assert costs[1][branch] == pytest.approx(kl, rel=1e-3)
     assert survey._layers[1].errors[branch] == pytest.approx(error, rel=1e-4)
     for found, layer_costs in zip(survey._layers.values(), costs, strict=True):

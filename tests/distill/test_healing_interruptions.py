@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh import Program, start_command
 from runs import quick
 
 from xeco_convert.errors import OptionError
@@ -26,7 +25,6 @@ from xeco_distill.trainer import COMPLETE, DistillationTrainer
 pytestmark = pytest.mark.slow
 
 Files = Callable[[Path], dict[str, bytes]]
-COMMAND = Path(sys.executable).parent / "xeco-distill"
 RUN = (
     "--stages",
     "kl",
@@ -43,17 +41,11 @@ RUN = (
 LONG = (*RUN, "--budget-tokens", "7680", "--trainer", "save_steps=7", "--trainer", "eval_steps=1000")  # 60 steps
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(COMMAND), str(folder), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    )
+def start(folder: Path, *options: str) -> Program:
+    return start_command("xeco-distill", folder, *options)
 
 
-def wait_for(process: subprocess.Popen[str], what: Callable[[], bool]) -> None:
+def wait_for(process: Program, what: Callable[[], bool]) -> None:
     tick = threading.Event()
     while process.poll() is None and not what():
         tick.wait(0.005)

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from commands import Converted, Runner
+from fresh import run_anew, run_command
 
 
 @pytest.fixture(scope="session")
 def run() -> Runner:
-    """run("xeco-convert", "in", "out", ..., code=0, environment={...}): the finished process; another code fails the test."""
+    """run("xeco-convert", "in", "out", ..., code=0, environment={...}): the finished process; another code fails the test.
+    `anew`: in a new interpreter, not a forked one (fresh.py)."""
 
-    def run_command(
-        *arguments: object, code: int = 0, environment: dict[str, str] | None = None, cwd: Path | None = None
+    def run_by_name(
+        name: str,
+        *arguments: object,
+        code: int = 0,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        anew: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        program = Path(sys.executable).parent / str(arguments[0])
-        done = subprocess.run(
-            [str(program), *map(str, arguments[1:])],
-            env={**os.environ, "COLUMNS": "100", **(environment or {})},
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        variables = {"COLUMNS": "100", **(environment or {})}
+        if anew:
+            done = run_anew(name, *arguments, environment=variables, folder=cwd)
+        else:
+            done = run_command(name, *arguments, environment=variables, folder=cwd)
         assert done.returncode == code, done.stderr
         return done
 
-    return run_command
+    return run_by_name
 
 
 def convert_by_command(run: Runner, source: Path, base: Path, *options: object) -> Converted:
-    done = run("xeco-convert", source, base / "out", *options, "--json", base / "report.json")
+    done = run("xeco-convert", source, base / "out", *options, "--json", base / "report.json", anew=True)
     report = json.loads((base / "report.json").read_text())
     return Converted(source, base / "out", report, done.stdout, done.stderr)
 

@@ -176,7 +176,7 @@ def test_distill_says_what_it_will_do(run: Runner, stories_converted: Converted)
 def test_distill_heals_with_nothing_but_a_budget(run: Runner, stories_converted: Converted, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(stories_converted.output, out)
-    quick = ("--budget-tokens", 16384, "--seq-length", 128, "--layer-steps", 20, "--layer-tokens", 8192)
+    quick = ("--budget-tokens", 8192, "--seq-length", 128, "--layer-steps", 15, "--layer-tokens", 4096)
     done = run("xeco-distill", out, *quick, "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["after"]["kl"] < 0.5 * report["before"]["kl"]

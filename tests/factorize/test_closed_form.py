@@ -202,7 +202,7 @@ def test_the_expected_error_is_the_measured_one_where_each_token_sees_itself_alo
     rounding, on fresh normal inputs up to sampling."""
     source = without_queries(random_attention(4, groups))
     context = context_of(source, 1)
-    x, fresh = (gaussian_inputs(windows=count, length=1, seed=count) for count in (4000, 20_000))
+    x, fresh = (gaussian_inputs(windows=count, length=1, seed=count) for count in (1000, 20_000))
     layer = calibrated(source, x, context)
     mla, expected = layer.factors(rank, 2), layer.expected_error(rank, 2)
     # relative to the heads one by one, as the formula has it: together they may cancel

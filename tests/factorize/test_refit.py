@@ -27,8 +27,10 @@ def joint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 def refitted(
     source: SourceAttention, mla: MlaAttention, x: torch.Tensor, context: AttentionContext, target: Target = None
 ) -> MlaAttention:
-    fit = ValueRefit(source, mla, context)
-    fit.add(x, torch.ones(x.shape[:2], dtype=torch.bool), target)
+    fit = ValueRefit(mla, source.num_attention_heads, context)
+    fit.add(
+        x, torch.ones(x.shape[:2], dtype=torch.bool), source_output(source, x, context) if target is None else target
+    )
     return fit.result()
 
 
@@ -88,13 +90,13 @@ def test_uncounted_tokens_do_not_take_part(joint: bool) -> None:
     counts[:, 9:] = False
     results = []
     for inputs in (x, torch.cat([x[:, :9], x[:, 9:] * 50], dim=1)):
-        fit = ValueRefit(source, start, context)
-        fit.add(inputs, counts)
+        fit = ValueRefit(start, 4, context)
+        fit.add(inputs, counts, source_output(source, inputs, context))
         results.append(fit.result())
     torch.testing.assert_close(results[0].o_weight, results[1].o_weight)
     torch.testing.assert_close(results[0].kv_b_weight, results[1].kv_b_weight)
-    shorter = ValueRefit(source, start, context_of(source, 9))
-    shorter.add(x[:, :9], counts[:, :9])
+    shorter = ValueRefit(start, 4, context_of(source, 9))
+    shorter.add(x[:, :9], counts[:, :9], source_output(source, x[:, :9], context_of(source, 9)))
     torch.testing.assert_close(results[0].o_weight, shorter.result().o_weight)
 
 
@@ -110,7 +112,7 @@ def chosen_ridge(source: SourceAttention, held_out_noise: float, monkeypatch: py
         return solve(moments, ridge, prior)
 
     monkeypatch.setattr(refit._Moments, "solve", spy)
-    fit = ValueRefit(source, start, context)
+    fit = ValueRefit(start, 4, context)
     few = 4 if held_out_noise else 64
     x, held_out = gaussian_inputs(windows=few, seed=5), gaussian_inputs(windows=8, seed=6)
     generator = torch.Generator().manual_seed(1)
@@ -140,8 +142,8 @@ def test_without_held_out_windows_the_smallest_ridge_is_taken(joint: bool) -> No
     context = context_of(source)
     start = calibrated(source, x, context).factors(6, 4)
     result = refitted(source, start, x, context)
-    fit = ValueRefit(source, start, context)
-    fit.add(x, torch.ones(32, 12, dtype=torch.bool))
+    fit = ValueRefit(start, 4, context)
+    fit.add(x, torch.ones(32, 12, dtype=torch.bool), source_output(source, x, context))
     solution, _ = fit._fitted.solve(min(refit._RIDGES), fit._prior())
     if joint:  # a head's map from latent to output has at most rank 6 here: W_UV and o_proj hold it exactly
         w_uv = result.kv_b_weight.view(4, 16, 6)[:, 8:]

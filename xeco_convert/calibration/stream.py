@@ -1,7 +1,7 @@
 """The source's hidden states on the calibration windows, moved through one decoder layer at a time.
 
-Letters: W windows, T tokens, X hidden_size. Memory: one layer's weights, the hidden states (float32 [W, T, X]) and what one
-batch of windows takes.
+Letters: W windows, T tokens, X hidden_size. Memory: one layer's weights, three float32 tensors [W, T, X] (the hidden states
+before and after the layer, its attention's output) and what one batch of windows takes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ BATCH_WINDOWS = 4
 class LayerView:
     """One source layer on the calibration windows, while its weights are in memory.
 
-    `inputs` [W, T, X] float32: the residual stream before the layer. `layer`: the source's decoder layer in float32.
+    `inputs` [W, T, X] float32: the residual stream before the layer, `attention_output` what its attention puts out there
+    (o_proj included), `outputs` the residual stream after it. `layer`: the source's decoder layer in float32.
     `position_embeddings` and `mask` [1, 1, T, T] (boolean) are what it is called with; `cos` and `sin` [1, T, d] the same
     tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built;
     `residual_scale` is what its parts are multiplied by before they are added (Granite).
@@ -40,6 +41,8 @@ class LayerView:
     number: int
     layer: nn.Module
     inputs: Tensor
+    attention_output: Tensor
+    outputs: Tensor
     counts: Tensor
     cos: Tensor
     sin: Tensor
@@ -93,6 +96,18 @@ class LayerView:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Run the layer: `attention_output` and `outputs`."""
+        seen: list[Tensor] = []
+        hook = self.attention.register_forward_hook(lambda module, given, output: seen.append(output[0]))
+        try:
+            for part in self.batches(self.inputs):
+                self.outputs[part] = self.run(self.inputs[part])
+                self.attention_output[part] = seen.pop()
+        finally:
+            hook.remove()
+
     def run_with_attention(self, inputs: Tensor, attention_output: Tensor) -> Tensor:
         """Output of the decoder layer on windows [w, T, X], had its attention given `attention_output` [w, T, X]."""
         original = self.attention
@@ -116,12 +131,13 @@ class LayerView:
                 attention = mla_output(factors, num_heads, self.normed(inputs), context or self.context())
                 hidden[part] = self.run_with_attention(inputs, attention)
 
-    def attention_target(self, before: Tensor, attention_output: Tensor, inputs: Tensor) -> Tensor:
-        """What the attention should put out at `inputs` [w, T, X] so that the residual stream becomes what the source's
-        `attention_output` makes of `before`. Where a norm stands between, the source's own output."""
+    def attention_target(self, part: slice | Tensor, inputs: Tensor) -> Tensor:
+        """What the attention should put out at `inputs` [w, T, X], in place of these windows' own, so that the residual stream
+        becomes what the source makes of it. Where a norm stands between, the source's own output."""
+        output = self.attention_output[part]
         if self.family.post_attention_norm:
-            return attention_output
-        return attention_output + (before - inputs) / self.residual_scale
+            return output
+        return output + (self.inputs[part] - inputs) / self.residual_scale
 
     @property
     def attention(self) -> nn.Module:
@@ -176,6 +192,8 @@ class SourceStream:
                 number=number,
                 layer=self._loaded(self._skeleton.layers[number], family.layers.format(layer=number)),
                 inputs=hidden,
+                attention_output=torch.empty_like(hidden),
+                outputs=torch.empty_like(hidden),
                 counts=self._windows.counts.to(self._device),
                 cos=cos,
                 sin=sin,
@@ -186,11 +204,10 @@ class SourceStream:
                 logit_softcap=source.logit_softcap,
                 residual_scale=source.residual_scale,
             )
+            view._fill()
+            _check_finite(view.outputs, f"the output of layer {number}")
             yield view
-            with torch.no_grad():  # in place: the states before the layer are not needed again
-                for part in view.batches(hidden):
-                    hidden[part] = view.run(hidden[part])
-            _check_finite(hidden, f"the output of layer {number}")
+            hidden = view.outputs
             view.layer.to("meta")
             _return_freed_memory()
 

@@ -9,9 +9,10 @@ a few of the widths shows what share of the error refinement leaves: layers diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.windows import CalibrationWindows
-from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 from xeco_convert.quality import OutputHead
-from xeco_convert.quality.fidelity import stream_fidelity
+from xeco_convert.quality.fidelity import stream_divergences
 from xeco_convert.ranks import Widths
 from xeco_convert.ranks.budget import without_rotation
 
 _BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
+_KL_TOKENS = 512  # of them whose logits are computed: a vocabulary is most of a small model
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
+_ROUNDING = 1e-12
 _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
 _MOST_PROBES = 4  # totals at which a layer is refined for a look
 _PROBE_SHARE = 0.6  # of a layer's time that they take, about: for the progress
@@ -87,11 +90,16 @@ class Survey:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
-        few = view.normed(view.inputs[: max(1, _ERROR_TOKENS // self._windows.ids.shape[1])])
-        target = source_output(source, few, context)
+        part = slice(0, max(1, _ERROR_TOKENS // self._windows.ids.shape[1]))
+        few, target = view.normed(view.inputs[part]), view.attention_output[part]
+        most = {rope: max(each.kv_lora_rank for each in same) for rope, same in _by_rotary_width(offers)}
+
+        @cache
+        def widest(rope: int) -> MlaAttention:
+            return layer.factors(most[rope], rope).to(torch.float32)
 
         def factors(offer: Widths) -> MlaAttention:
-            return layer.factors(offer.kv_lora_rank, offer.qk_rope_head_dim).to(torch.float32)
+            return widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank)
 
         def error(offer: Widths) -> float:
             lost = mla_output(factors(offer), heads, few, context) - target
@@ -124,17 +132,25 @@ class Survey:
 
         KL is close to linear in the layer's squared output error (docs/conversion.md, step 6).
         """
-        ids, counts = self._windows.ids, self._windows.counts.to(final_hidden.device)
-        source = final_hidden[: ids.shape[0]]
+        counts = self._windows.counts.to(final_hidden.device)
+        branches = list(self._branches.values())
+        divergences = stream_divergences(head, final_hidden[: counts.shape[0]], branches, counts, _KL_TOKENS)
         prices = {}
-        for number, layer in self._layers.items():
-            if layer.branch_error is not None:
-                kl = stream_fidelity(head, source, self._branches[number], ids, counts).kl
-                prices[number] = max(kl, 0.0) / max(layer.branch_error, 1e-12)
+        for number, kl in zip(self._branches, divergences, strict=True):
+            error = self._layers[number].branch_error
+            assert error is not None, "a layer with a branch has its error"
+            # where a branch is exact both are rounding, and still more error costs more
+            prices[number] = max(kl, _ROUNDING) / max(error, _ROUNDING)
         return [
             {offer: interpolated(prices, number) * error for offer, error in layer.errors.items()}
             for number, layer in self._layers.items()
         ]
+
+
+def _by_rotary_width(offers: Sequence[Widths]) -> Iterator[tuple[int, list[Widths]]]:
+    """Offers, sorted by rotary width, of each width."""
+    for rope, same in groupby(offers, key=lambda offer: offer.qk_rope_head_dim):
+        yield rope, list(same)
 
 
 def best_of_total(errors: Mapping[Widths, float], total: float) -> Widths:

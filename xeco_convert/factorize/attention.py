@@ -158,8 +158,14 @@ def latent_inputs(mla: MlaAttention, x_WTX: Tensor, context: AttentionContext) -
 
 def mla_output(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: AttentionContext) -> Tensor:
     """Output of the MLA form [W, T, X], o_proj included. Differentiable with respect to the weights."""
+    return attended_output(mla, mla_attended(mla, num_heads, x_WTX, context))
+
+
+def attended_output(mla: MlaAttention, attended_WTHR: Tensor) -> Tensor:
+    """Output of the MLA form [W, T, X] from its attended latents."""
+    num_heads = attended_WTHR.shape[2]
     _, w_uv = split_up_projection(mla, num_heads)
-    values = torch.einsum("wthr,hvr->wthv", mla_attended(mla, num_heads, x_WTX, context), w_uv)
+    values = torch.einsum("wthr,hvr->wthv", attended_WTHR, w_uv)
     if mla.kv_b_bias is not None:
         values = values + mla.kv_b_bias.unflatten(0, (num_heads, -1))[:, -w_uv.shape[1] :]
     return functional.linear(values.flatten(2), mla.o_weight, mla.o_bias)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xeco_convert.factorize.attention import AttentionContext, source_probabilities, source_projections
 from xeco_convert.factorize.layer_weights import SourceAttention
@@ -108,6 +109,16 @@ def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
 
 
+def _by_distance(weights_HTT: Tensor) -> Tensor:
+    """Sums [H, T] of causal attention weights over the pairs (t, s) of each distance t - s, float64."""
+    heads, length, _ = weights_HTT.shape
+    padded = functional.pad(weights_HTT, (length, 0))  # row t has s in its column T + s
+    # rows pushed on by t: column j has s = t + j - T, at a distance of T - j
+    pushed = padded.as_strided((heads, length, length), (2 * length * length, 2 * length + 1, 1))
+    nearest = weights_HTT.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+    return torch.cat([nearest, pushed.sum(dim=1)[:, 1:].flip(1)], dim=1).double()
+
+
 class StatisticsAccumulator:
     """Adds up the statistics of one layer over windows [w, T, X] of its (normed) input."""
 
@@ -121,8 +132,6 @@ class StatisticsAccumulator:
         self._values = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._queries = torch.zeros(heads, source.head_dim, source.head_dim, dtype=torch.float64, device=device)
         self._distances = torch.zeros(heads, length, dtype=torch.float64, device=device)
-        positions = torch.arange(length, device=device)
-        self._distance = (positions[:, None] - positions[None]).clamp_min(0).flatten()
         self._overlap = torch.zeros(heads, heads, dtype=torch.float64, device=device)
         self._inputs = (
             torch.zeros((source.q_weight.shape[1],) * 2, dtype=torch.float64, device=device) if with_inputs else None
@@ -132,6 +141,7 @@ class StatisticsAccumulator:
 
     def add(self, x_WTX: Tensor, counts_WT: Tensor) -> None:
         """Windows of inputs in the dtype of the weights, and which of their tokens count, as queries and as values."""
+        looks = x_WTX.new_zeros(self._queries.shape[0], *self._context.mask.shape[-2:])
         for x_TX, counts_T in zip(x_WTX, counts_WT.to(x_WTX.device), strict=True):
             queries, keys, values = (part[0] for part in source_projections(self._source, x_TX[None]))
             probabilities = source_probabilities(queries[None], keys[None], self._context)[0]
@@ -146,11 +156,12 @@ class StatisticsAccumulator:
             self._values += counted.T @ counted
             q_THd = queries[counts_T].double()
             self._queries += torch.einsum("thd,the->hde", q_THd, q_THd)
-            self._distances.index_add_(1, self._distance, flat.double())
+            looks += probabilities
             if self._inputs is not None:
                 counted_x = x_TX[counts_T].double()
                 self._inputs += counted_x.T @ counted_x
             self._num_tokens += int(counts_T.sum())
+        self._distances += _by_distance(looks)
 
     def result(self) -> LayerStatistics:
         """The statistics of what was added. Raises `ValueError` where nothing was."""

@@ -6,6 +6,7 @@ Letters: W windows, T tokens, n predictions, X hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,12 +51,17 @@ def prediction_sums(source_logits: Tensor, logits: Tensor, targets: Tensor) -> T
     source_logp = functional.log_softmax(source_logits.float(), dim=-1).to(logits.device)
     logp = functional.log_softmax(logits.float(), dim=-1)
     column = targets.to(logits.device)[:, None]
-    probability = source_logp.exp()
-    # where both give a token no chance at all (-inf), p·(ln p - ln q) is 0, not NaN
-    divergence = torch.where(probability > 0, probability * (source_logp - logp), 0.0).sum(dim=-1)
+    divergence = _divergence(source_logp, logp)
     agreeing = source_logp.argmax(dim=-1) == logp.argmax(dim=-1)
     parts = [-source_logp.gather(1, column), -logp.gather(1, column), divergence, agreeing, torch.ones_like(agreeing)]
     return torch.stack([part.cpu().double().sum() for part in parts])  # some accelerators have no float64
+
+
+def _divergence(source_logp: Tensor, logp: Tensor) -> Tensor:
+    """KL(source ‖ other) [n] from log-probabilities [n, V]."""
+    probability = source_logp.exp()
+    # where both give a token no chance at all (-inf), p·(ln p - ln q) is 0, not NaN
+    return torch.where(probability > 0, probability * (source_logp - logp), 0.0).sum(dim=-1)
 
 
 class FidelitySums:
@@ -119,6 +125,23 @@ def stream_fidelity(head: OutputHead, source: Tensor, converted: Tensor, ids: Te
         part = slice(start, start + _CHUNK_TOKENS)
         sums.add(prediction_sums(head.logits(source_nX[part]), head.logits(converted_nX[part]), targets[part]))
     return sums.fidelity(ids.shape[0])
+
+
+@torch.no_grad()
+def stream_divergences(
+    head: OutputHead, source: Tensor, others: Sequence[Tensor], counts: Tensor, most_tokens: int
+) -> list[float]:
+    """Mean KL(source ‖ other) of many models' final hidden states [W, T, X] on the tokens that count, at most about
+    `most_tokens` of them, evenly spread: the source's logits are computed once."""
+    places = counts.flatten().nonzero()[:, 0]
+    places = places[:: max(1, -(-places.numel() // most_tokens))]
+    sums = [0.0] * len(others)
+    for chunk in places.split(_CHUNK_TOKENS):
+        source_logp = functional.log_softmax(head.logits(source.flatten(0, 1)[chunk]).float(), dim=-1)
+        for number, other in enumerate(others):
+            logp = functional.log_softmax(head.logits(other.flatten(0, 1)[chunk]).float(), dim=-1)
+            sums[number] += float(_divergence(source_logp, logp).sum())
+    return [max(0.0, total / places.numel()) for total in sums]
 
 
 def perplexity(mean_loss: float) -> float:

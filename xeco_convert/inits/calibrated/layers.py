@@ -19,7 +19,7 @@ from torch.nn import functional
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.survey import Probe, Survey
 from xeco_convert.calibration.work import WorkFolder
-from xeco_convert.factorize.attention import latent_inputs, mla_output, source_output
+from xeco_convert.factorize.attention import attended_output, latent_inputs, mla_attended
 from xeco_convert.factorize.balance import balance_for_storage
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
@@ -95,7 +95,7 @@ class CalibratedLayers:
             probe = self._probe(view, source) if self._settings.refine else None
             tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
             survey.add(view, source, self._measurements.calibrated_layer(view, source), probe, tell)
-        return survey.costs(view.inputs, self._measurements.stream.output_head())
+        return survey.costs(view.outputs, self._measurements.stream.output_head())
 
     def layers(self, plan: ConversionPlan) -> Iterator[ConvertedLayer]:
         """Each converted layer; the converted model's hidden states follow it."""
@@ -124,7 +124,7 @@ class CalibratedLayers:
         if windows.counts[measured].any():
             self._fidelity = stream_fidelity(
                 self._measurements.stream.output_head(),
-                last.inputs[measured],
+                last.outputs[measured],
                 converted[measured],
                 windows.ids[measured],
                 last.counts[measured],
@@ -150,7 +150,9 @@ class CalibratedLayers:
             held_out_windows=_PROBE_HELD_OUT,
             seconds=seconds,
         )
-        return LayerRefinement(view, source, view.inputs, min(_PROBE_WINDOWS, self._num_calibrated), short).probe
+        return LayerRefinement(
+            view, source.num_attention_heads, view.inputs, min(_PROBE_WINDOWS, self._num_calibrated), short
+        ).probe
 
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
         """The converted layers of the source, one after the other; the branches of `survey` move through all layers."""
@@ -214,11 +216,12 @@ class CalibratedLayers:
         layer = self._measurements.calibrated_layer(view, source)
         exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
         closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
-        factors = self._refitted(view, source, closed_form, converted)
+        factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
+        closed_form_error, refitted_error = self._errors(view, source.num_attention_heads, closed_form, factors)
         details: dict[str, Any] = {
             "expected_error": layer.expected_error(rank, rope),
-            "closed_form_error": self._error(view, source, closed_form),
-            "refitted_error": self._error(view, source, factors),
+            "closed_form_error": closed_form_error,
+            "refitted_error": refitted_error,
             "rope_index": list(exact.rope_index or ()),
             "spectrum": layer.latent_spectrum(rope).tolist(),
             **self._measurements.with_linear_keys(view, source)[1],
@@ -226,7 +229,9 @@ class CalibratedLayers:
         }
         if self._settings.refine:
             tell = lambda share: on_progress(_CLOSED_FORM_SHARE + (1 - _CLOSED_FORM_SHARE) * share)  # noqa: E731
-            refinement = LayerRefinement(view, source, converted, self._num_calibrated, self._refine_options())
+            refinement = LayerRefinement(
+                view, source.num_attention_heads, converted, self._num_calibrated, self._refine_options()
+            )
             refined = refinement.run(factors, tell)
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
@@ -257,32 +262,28 @@ class CalibratedLayers:
         )
 
     @torch.no_grad()
-    def _refitted(
-        self, view: LayerView, source: SourceAttention, factors: MlaAttention, converted: Tensor
-    ) -> MlaAttention:
+    def _refitted(self, view: LayerView, heads: int, factors: MlaAttention, converted: Tensor) -> MlaAttention:
         """The value side fitted on the inputs that the converted layers below give, so that it also repairs their errors:
         the target is what leads from there to the source's hidden states after attention."""
-        refit = ValueRefit(source, factors, view.context())
+        refit = ValueRefit(factors, heads, view.context())
         for part in view.batches(view.inputs[: self._num_calibrated]):
-            before, inputs = view.inputs[part], converted[part]
-            output = source_output(source, view.normed(before), view.context())
-            target = view.attention_target(before, output, inputs)
+            inputs = converted[part]
+            target = view.attention_target(part, inputs)
             held_out = part.start >= self._measurements.held_out_from
-            refit.add(view.normed(inputs), view.counts[part], target_WTX=target, held_out=held_out)
+            refit.add(view.normed(inputs), view.counts[part], target, held_out=held_out)
         return refit.result()
 
     @torch.no_grad()
-    def _error(self, view: LayerView, source: SourceAttention, factors: MlaAttention) -> float:
-        """Relative squared error of the attention's output, on the windows for measuring where there are any."""
-        lost, total = 0.0, 0.0
-        context = view.context()
+    def _errors(self, view: LayerView, heads: int, *layers: MlaAttention) -> list[float]:
+        """Relative squared errors of the attention's output, on the windows for measuring where there are any. `layers` differ
+        in their value side alone: all attend alike."""
+        lost, total = [0.0] * len(layers), 0.0
         for part in view.batches(view.inputs):
             if part.stop <= self._num_calibrated and self._num_calibrated < view.inputs.shape[0]:
                 continue
-            normed, counts = view.normed(view.inputs[part]), view.counts[part]
-            target = source_output(source, normed, context)[counts]
-            lost += float(
-                (mla_output(factors, source.num_attention_heads, normed, context)[counts] - target).square().sum()
-            )
-            total += float(target.square().sum())
-        return lost / total if total > 0 else 0.0
+            counts, target = view.counts[part], view.attention_output[part]
+            attended = mla_attended(layers[0], heads, view.normed(view.inputs[part]), view.context())
+            for number, layer in enumerate(layers):
+                lost[number] += float((attended_output(layer, attended) - target)[counts].square().sum())
+            total += float(target[counts].square().sum())
+        return [each / total if total > 0 else 0.0 for each in lost]
