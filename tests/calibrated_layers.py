@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.attention import AttentionContext, mla_output, source_output
+from xeco_convert.factorize.attention import AttentionContext, mla_output, source_probabilities, source_projections
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import LayerStatistics, StatisticsAccumulator
@@ -57,6 +58,15 @@ def calibrated(
     source: SourceAttention, x: Tensor, context: AttentionContext, *, with_inputs: bool = False
 ) -> CalibratedLayer:
     return CalibratedLayer(source, collected(source, x, context, with_inputs=with_inputs), context.softmax_scale)
+
+
+def source_output(source: SourceAttention, x_WTX: Tensor, context: AttentionContext) -> Tensor:
+    """Output of the source's attention [W, T, X], o_proj included, from the formula."""
+    queries, keys, values = source_projections(source, x_WTX)
+    weights = source_probabilities(queries, keys, context)
+    shared = values.repeat_interleave(source.heads_per_group, dim=2)
+    out = torch.einsum("whts,wshd->wthd", weights, shared)
+    return functional.linear(out.flatten(2), source.o_weight, source.o_bias)
 
 
 def output_error(source: SourceAttention, mla: MlaAttention, x: Tensor, context: AttentionContext) -> float:

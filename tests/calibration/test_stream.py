@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from builders import ROPES, VARIANTS, build_checkpoint, random_ids
+from calibrated_layers import source_output
 from sources import plan_for, random_windows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import OutputHead, SourceStream
-from xeco_convert.factorize.attention import source_output
 from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.source_attention import read_attention
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated_layers import source_output
 from sources import plan_for, random_windows
 
 from xeco_convert.calibration import survey as surveying
@@ -18,7 +19,7 @@ from xeco_convert.calibration.survey import (
     probed_offers,
     refined_errors,
 )
-from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.factorize.statistics import StatisticsAccumulator

@@ -10,10 +10,10 @@ import formulas
 import pytest
 import torch
 from builders import random_attention
-from calibrated_layers import THETA, calibrated, collected, context_of, gaussian_inputs, output_error
+from calibrated_layers import THETA, calibrated, collected, context_of, gaussian_inputs, output_error, source_output
 
 from xeco_convert.factorize import SourceAttention
-from xeco_convert.factorize.attention import mla_output, source_output
+from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.modeling.layer_xeco import MlaShape

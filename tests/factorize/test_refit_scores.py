@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 from builders import random_attention
-from calibrated_layers import calibrated, context_of, gaussian_inputs, output_error
+from calibrated_layers import calibrated, context_of, gaussian_inputs, output_error, source_output
 
 from xeco_convert.factorize import MlaAttention, SourceAttention, refit_scores
-from xeco_convert.factorize.attention import AttentionContext, mla_output, source_output, split_up_projection
+from xeco_convert.factorize.attention import AttentionContext, mla_output, split_up_projection
 from xeco_convert.factorize.refit_scores import ScoreRefit, ScoreTokens
 
 WINDOWS = 8

@@ -55,20 +55,6 @@ def source_projections(source: SourceAttention, x_WTX: Tensor) -> tuple[Tensor, 
     return queries, keys, values
 
 
-def source_output(source: SourceAttention, x_WTX: Tensor, context: AttentionContext) -> Tensor:
-    """Output of the source's attention [W, T, X], o_proj included."""
-    queries, keys, values = source_projections(source, x_WTX)
-    cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)
-    repeats = source.heads_per_group
-    out = _attended(
-        rotate(queries, cos, sin).transpose(1, 2),
-        rotate(keys, cos, sin).transpose(1, 2).repeat_interleave(repeats, dim=1),
-        values.transpose(1, 2).repeat_interleave(repeats, dim=1),
-        context,
-    )
-    return functional.linear(out.transpose(1, 2).flatten(2), source.o_weight, source.o_bias)
-
-
 def source_probabilities(queries: Tensor, keys: Tensor, context: AttentionContext) -> Tensor:
     """Attention weights [W, H, T, T] from the un-rotated queries [W, T, H, d] and keys [W, T, G, d]."""
     cos, sin = context.cos.unsqueeze(2), context.sin.unsqueeze(2)

@@ -22,7 +22,11 @@ _TINY = 1e-300  # in place of a reference that is zero: a layer that puts out no
 
 
 class CalibratedLayer:
-    """The closed form of one layer, for any widths. All arithmetic in float64 on the statistics' device."""
+    """The closed form of one layer, for any widths. All arithmetic in float64 on the statistics' device.
+
+    `key_weight`: what a squared error of keys counts beside one of values. At 1 as if the score errors of a query's tokens
+    were independent; what they have in common, softmax takes off, so that less may be nearer to the truth.
+    """
 
     def __init__(
         self,
@@ -31,22 +35,28 @@ class CalibratedLayer:
         softmax_scale: float,
         *,
         one_per_frequency: bool = False,
+        key_weight: float = 1.0,
     ) -> None:
         self._source = source
         self._statistics = statistics
         self._scale = softmax_scale
+        self._key_weight = key_weight
         self._half = source.head_dim // 2
         groups, heads, dim = source.num_key_value_heads, source.num_attention_heads, source.head_dim
         self._w_o = source.o_weight.double().view(-1, heads, dim).permute(1, 0, 2)  # [H, X, d]
         self._head_metric = self._w_o.transpose(1, 2) @ self._w_o  # [H, d, d]: W_oᵀ W_o
         per_group = statistics.values.view(groups, dim, groups, dim).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         spread = per_group.repeat_interleave(source.heads_per_group, dim=0)
-        # λ_h: squared output error of a unit squared score error, the spread of the values that the head mixes
-        self._head_weight = softmax_scale**2 * (self._head_metric * spread).sum(dim=(1, 2))
+        # λ_h: squared output error of a unit squared score error, the spread of the values that the head mixes; weighted
+        self._head_weight = key_weight * softmax_scale**2 * (self._head_metric * spread).sum(dim=(1, 2))
         self._components = rotary_components(source, statistics, self._head_weight, one_per_frequency=one_per_frequency)
         self._key_roots = _roots(self._key_metric())  # [G, d, d] each
         self._value_roots = _roots(self._value_metric()[None])  # [1, Gd, Gd] each
         self._latent_cache: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def key_weight(self) -> float:
+        return self._key_weight
 
     @property
     def components(self) -> RotaryComponents:
@@ -141,7 +151,7 @@ class CalibratedLayer:
 
     def _expected_square(self) -> float:
         """Upper reference of the output's size: the output if attention mixed nothing, Σ_h tr(W_oᵀW_o E[v vᵀ])."""
-        return max(float(self._head_weight.sum()) / self._scale**2, _TINY)
+        return max(float(self._head_weight.sum()) / (self._key_weight * self._scale**2), _TINY)
 
     def _queries(self, maps_HOd: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Query weight, bias, and the map of each head behind its norm; without a norm the map is part of the weight."""

@@ -21,10 +21,12 @@ from xeco_convert.calibration.survey import Probe, Survey
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.factorize.attention import attended_output, latent_inputs, mla_attended
 from xeco_convert.factorize.balance import balance_for_storage
+from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.refit import ValueRefit
 from xeco_convert.initialisation import ConvertedLayer, Progress
+from xeco_convert.inits.calibrated.key_weight import weighed_layer
 from xeco_convert.inits.calibrated.measurements import Measurements
 from xeco_convert.modeling.layer_xeco import MlaShape
 from xeco_convert.plan import ConversionPlan
@@ -94,7 +96,8 @@ class CalibratedLayers:
             source = self._measurements.source(view)
             probe = self._probe(view, source) if self._settings.refine else None
             tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
-            survey.add(view, source, self._measurements.calibrated_layer(view, source), probe, tell)
+            middle = min(offers, key=lambda offer: abs(offer.total - average))
+            survey.add(view, source, self._weighed(view, source, middle), probe, tell)
         return survey.costs(view.outputs, self._measurements.stream.output_head())
 
     def layers(self, plan: ConversionPlan) -> Iterator[ConvertedLayer]:
@@ -213,12 +216,13 @@ class CalibratedLayers:
     ) -> tuple[MlaAttention, LayerErrors, dict[str, Any]]:
         """Closed form, refit and, where asked for, regression of one layer."""
         rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
-        layer = self._measurements.calibrated_layer(view, source)
+        layer = self._weighed(view, source, Widths(kv_lora_rank=rank, qk_rope_head_dim=rope))
         exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
         closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
         factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
         closed_form_error, refitted_error = self._errors(view, source.num_attention_heads, closed_form, factors)
         details: dict[str, Any] = {
+            "key_weight": layer.key_weight,
             "expected_error": layer.expected_error(rank, rope),
             "closed_form_error": closed_form_error,
             "refitted_error": refitted_error,
@@ -236,6 +240,12 @@ class CalibratedLayers:
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
         return factors, layer.errors(rank, rope), details
+
+    def _weighed(self, view: LayerView, source: SourceAttention, widths: Widths) -> CalibratedLayer:
+        """The closed form of a layer, with keys weighed for these widths; what a NoPE layer does not rotate is latent."""
+        if not source.rotated:
+            widths = Widths(kv_lora_rank=widths.total, qk_rope_head_dim=0)
+        return weighed_layer(self._measurements, view, source, widths)
 
     @torch.no_grad()
     def _with_steady_norm(self, view: LayerView, factors: MlaAttention) -> tuple[MlaAttention, dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""How much keys count beside values in the closed form of a layer, by what its attention then puts out.
+
+The closed form adds the errors of keys to those of values as if the score errors of a query's tokens were independent
+(docs/conversion.md, step 3). How far from true that is differs between layers: on SmolLM2-135M most are best with a quarter to a
+half.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from xeco_convert.calibration.stream import LayerView
+from xeco_convert.factorize.attention import mla_output
+from xeco_convert.factorize.closed_form import CalibratedLayer
+from xeco_convert.factorize.layer_weights import SourceAttention
+from xeco_convert.inits.calibrated.measurements import Measurements
+from xeco_convert.ranks import Widths
+
+KEY_WEIGHTS = (1.0, 0.5, 0.25)
+_TOKENS = 1024  # of the windows that choose between fits
+
+
+@torch.no_grad()
+def weighed_layer(
+    measurements: Measurements, view: LayerView, source: SourceAttention, widths: Widths
+) -> CalibratedLayer:
+    """The closed form whose attention at these widths puts out what is nearest to the source's output. Tokens count by the
+    inverse mean square of the residual stream there: what follows divides by its root."""
+    first = measurements.held_out_from
+    part = slice(first, first + max(1, _TOKENS // view.inputs.shape[1]))
+    inputs, target = view.normed(view.inputs[part]), view.attention_output[part]
+    shares = (view.inputs[part] + view.residual_scale * target).square().mean(dim=-1).clamp_min(1e-30).reciprocal()
+    shares = torch.where(view.counts[part], shares, 0.0)
+
+    def error(layer: CalibratedLayer) -> float:
+        factors = layer.factors(widths.kv_lora_rank, widths.qk_rope_head_dim).to(torch.float32)
+        output = mla_output(factors, source.num_attention_heads, inputs, view.context())
+        return float(((output - target).square().mean(dim=-1) * shares).sum())
+
+    return min((measurements.calibrated_layer(view, source, weight) for weight in KEY_WEIGHTS), key=error)
