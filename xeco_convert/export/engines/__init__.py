@@ -4,6 +4,6 @@ Sources: transformers 5.23 (run here); vLLM 0.33, SGLang 0.5.23 and llama.cpp of
 docs/serving.md.
 """
 
-from xeco_convert.export.engines.engine import DEEPSEEK_HEADS, ENGINES, Engine, HeadWidths
+from xeco_convert.export.engines.engine import DEEPSEEK_HEADS, ENGINES, VLLM_HEADS, Engine, HeadWidths
 
-__all__ = ["DEEPSEEK_HEADS", "ENGINES", "Engine", "HeadWidths"]
+__all__ = ["DEEPSEEK_HEADS", "ENGINES", "VLLM_HEADS", "Engine", "HeadWidths"]

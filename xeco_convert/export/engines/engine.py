@@ -26,7 +26,8 @@ class HeadWidths:
 class Engine:
     """One engine. `heads` and `ranks`: the widths that it takes, smallest first; empty: any. `rope_types`: those that it
     reads as transformers does, and `rope_reason` what it does with others. `config`: fields of config.json that it wants
-    otherwise. `norm_eps`: the eps of its latent norm, whatever config.json says; None: that of config.json."""
+    otherwise. `norm_eps`: the eps of its latent norm, whatever config.json says; None: that of config.json. `padding_advice`: how
+    to do without the zeros that its widths cost."""
 
     name: str
     order: int = 100
@@ -36,6 +37,7 @@ class Engine:
     rope_reason: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
+    padding_advice: str = ""
 
     def padded_heads(self, needed: HeadWidths) -> HeadWidths:
         """The smallest widths that hold `needed`. Raises `UnsupportedModelError` that names those on offer."""
@@ -81,4 +83,10 @@ class Engine:
 
 # What the kernels of vLLM and SGLang were written for: DeepSeek's own widths, and those of its smaller models.
 DEEPSEEK_HEADS = (HeadWidths(nope=64, rope=64, v=128), HeadWidths(nope=128, rope=64, v=128))
+# What vLLM's prefill kernels take besides. They also take (256, 0, 256), heads without rotation: no model that is converted is
+# without any, and a slot for one frequency is wider than that.
+VLLM_HEADS = (*DEEPSEEK_HEADS, HeadWidths(nope=192, rope=64, v=256))
+VLLM_PADDING = (
+    "vLLM with xeco-convert installed beside it serves the converted folder itself, without padding (docs/serving.md)"
+)
 ENGINES: Registry[Engine] = Registry("xeco_convert.export.engines")

@@ -129,7 +129,8 @@ def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequ
     if reason is not None:
         raise UnsupportedModelError(
             f"config.json: a {family.model_type} model cannot become DeepSeek-V3: {reason}. Serve the converted folder itself "
-            "with transformers (docs/serving.md); vLLM, SGLang and llama.cpp cannot load it."
+            "with transformers, or with vLLM where xeco-convert is installed beside it (docs/serving.md); other engines cannot "
+            "load it."
         )
 
 
