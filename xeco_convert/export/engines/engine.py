@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xeco_convert.errors import UnsupportedModelError
-from xeco_convert.families.spec import rope_parameters
 from xeco_convert.registry import Registry
 
 
@@ -64,15 +63,15 @@ class Engine:
             f"{needed}; convert it with --rank {self.ranks[-1]} or a smaller KV size."
         )
 
-    def check_rope(self, config: Mapping[str, Any], *, whole: bool) -> None:
-        """Refuse rotary settings that the engine would read as something else. `whole`: every source frequency has its slot,
-        in order, so that even scalings that look at all frequencies together come out alike."""
-        settings = rope_parameters(config)
-        kind = settings.get("rope_type", "default")
+    def check_rope(self, kind: str, *, whole: bool, unscaled: int) -> None:
+        """Refuse a rotary type that the engine would read as something else. `whole`: every source frequency has its slot, in
+        order, so that even scalings that look at all frequencies together come out alike. `unscaled`: how many of the fastest
+        frequencies the type leaves as they are."""
         if kind not in self.rope_types:
+            way = f"Convert with --portable and --rope-dim {2 * unscaled} at most, use" if unscaled else "Use"
             raise UnsupportedModelError(
                 f"--target {self.name}: rotary type {kind!r} would not come out as in the source ({self.rope_reason}); "
-                f"expected {', '.join(self.rope_types)}. Use --target transformers, or serve the converted folder itself."
+                f"expected {', '.join(self.rope_types)}. {way} --target transformers, or serve the converted folder itself."
             )
         if kind in ("yarn", "dynamic") and not whole:
             raise UnsupportedModelError(

@@ -12,24 +12,10 @@ from typing import Any
 
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.export.engines import Engine, HeadWidths
+from xeco_convert.export.formats.deepseek_v3.rotary import RotarySlots, used_frequencies
 from xeco_convert.families import AttentionGeometry, FamilySpec
-from xeco_convert.families.spec import rope_parameters
 from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling import MlaLayer
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotarySlots:
-    """The frequencies of a stock model are theta^(-2j/P). `stride`: slot j holds the source's frequency stride·j."""
-
-    stride: int
-    slots: int
-    rope_theta: float
-    whole: bool
-
-    def slot(self, frequency: int) -> int:
-        """The slot of a source frequency."""
-        return frequency // self.stride
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +70,16 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, s
     layers = _mla_layers(config)
     _check_attention(config, family, layers)
     geometry = family.geometry(config)
-    needed = max((layer.qk_rope_head_dim for layer in layers), default=0)
-    rotary = _slots(config, family, layers, needed)
+    used = used_frequencies(config, family, layers)
     heads = engine.padded_heads(
         HeadWidths(
             nope=max(layer.qk_nope_head_dim for layer in layers),
-            rope=2 * rotary.slots,
+            rope=2 * used.needed_slots,
             v=max(layer.v_head_dim for layer in layers),
         )
     )
-    rotary = _widened(rotary, config, family, layers, heads.rope // 2)
-    engine.check_rope(config, whole=rotary.whole)
+    rotary = used.in_slots(heads.rope // 2)
+    engine.check_rope(used.kind, whole=rotary.whole, unscaled=used.unscaled)
     return ExportLayout(
         family=family,
         geometry=geometry,
@@ -132,37 +117,3 @@ def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequ
             "with transformers, or with vLLM where xeco-convert is installed beside it (docs/serving.md); other engines cannot "
             "load it."
         )
-
-
-def _slots(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], rope: int) -> RotarySlots:
-    """The narrowest stock grid that has a slot for every frequency in use."""
-    used: set[int] = set()
-    for number, layer in enumerate(layers):
-        index = layer.rope_index if layer.rope_index is not None else tuple(range(layer.qk_rope_head_dim // 2))
-        repeated = sorted({frequency for frequency in index if index.count(frequency) > 1})
-        if repeated:
-            raise UnsupportedModelError(
-                f"config.json: layer {number} rotates several pairs at one frequency ({repeated[0]}), and a stock rotary key has "
-                "one pair for each; convert with --portable."
-            )
-        used.update(index)
-    fresh = any(layer.rope_index is None for layer in layers)
-    if fresh and any(layer.rope_index is not None or layer.qk_rope_head_dim != rope for layer in layers):
-        raise UnsupportedModelError(
-            "config.json: rotary widths or frequencies differ between layers; convert with --portable."
-        )
-    stride = math.gcd(*used) or 1
-    slots = max(used, default=0) // stride + 1
-    return _widened(RotarySlots(stride=stride, slots=slots, rope_theta=0.0, whole=False), config, family, layers, slots)
-
-
-def _widened(
-    rotary: RotarySlots, config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], slots: int
-) -> RotarySlots:
-    """The same grid with more slots: theta'^(-2j/P') has to be theta^(-2·stride·j/D), D the width that theta is over."""
-    fresh = next((layer.qk_rope_head_dim for layer in layers if layer.rope_index is None), None)
-    width = fresh or family.rotary_width(config)
-    theta = float(rope_parameters(config)["rope_theta"])
-    stock = theta ** (rotary.stride * 2 * slots / width)
-    whole = rotary.stride == 1 and 2 * slots == width
-    return RotarySlots(stride=rotary.stride, slots=slots, rope_theta=theta if whole else stock, whole=whole)
