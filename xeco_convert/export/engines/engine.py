@@ -26,7 +26,8 @@ class Engine:
     """One engine. `heads` and `ranks`: the widths that it takes, smallest first; empty: any. `rope_types`: those that it
     reads as transformers does, and `rope_reason` what it does with others. `config`: fields of config.json that it wants
     otherwise. `norm_eps`: the eps of its latent norm, whatever config.json says; None: that of config.json. `padding_advice`: how
-    to do without the zeros that its widths cost."""
+    to do without the zeros that its widths cost. `scaling_field`: where else in config.json it looks for a rotary type other
+    than default, and `scaling_fields` what it reads there; empty: all. `most_layers`, for `layers_reason`; None: any."""
 
     name: str
     order: int = 100
@@ -37,6 +38,10 @@ class Engine:
     config: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
     padding_advice: str = ""
+    scaling_field: str = ""
+    scaling_fields: tuple[str, ...] = ()
+    most_layers: int | None = None
+    layers_reason: str = ""
 
     def padded_heads(self, needed: HeadWidths) -> HeadWidths:
         """The smallest widths that hold `needed`. Raises `UnsupportedModelError` that names those on offer."""
@@ -77,6 +82,29 @@ class Engine:
             raise UnsupportedModelError(
                 f"--target {self.name}: rotary type {kind!r} scales all frequencies of a head together, so it needs every one of "
                 "them: convert with --portable and --rope-dim equal to the head's rotary width."
+            )
+
+    def config_fields(self, rotary: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of config.json that it wants otherwise; `rotary`: rope_parameters of the stock model. Raises
+        `UnsupportedModelError` for settings of a scaling that it would not read."""
+        if not self.scaling_field or rotary.get("rope_type", "default") == "default":
+            return dict(self.config)
+        ignored = sorted(
+            name for name, value in rotary.items() if value is not None and name not in self.scaling_fields
+        )
+        if ignored and self.scaling_fields:
+            raise UnsupportedModelError(
+                f"--target {self.name}: it does not read {', '.join(ignored)} of the rotary type {rotary['rope_type']!r}, so the "
+                "model would rotate otherwise than its source. Use --target transformers, or serve the converted folder itself."
+            )
+        return {**self.config, self.scaling_field: dict(rotary)}
+
+    def check_layers(self, number: int) -> None:
+        """Refuse models of more layers than it loads. Raises `UnsupportedModelError`."""
+        if self.most_layers is not None and number > self.most_layers:
+            raise UnsupportedModelError(
+                f"--target {self.name}: {self.layers_reason}: expected at most {self.most_layers} layers, found {number}; choose "
+                "another target."
             )
 
 

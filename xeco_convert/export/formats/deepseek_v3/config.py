@@ -52,5 +52,5 @@ def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
         "dtype": dtype,
-        **layout.engine.config,
+        **layout.engine_fields,
     }

@@ -22,7 +22,7 @@ from xeco_convert.modeling import MlaLayer
 class ExportLayout:
     """What export needs to know before it reads a weight. `config`: fields as transformers resolved them; `norm_eps`: of the
     latent norm in the engine's forward; `fused_mlp`: gate and up projections are one tensor; `head_is_embedding`: no output
-    head is stored, so that it is the embedding."""
+    head is stored, so that it is the embedding; `engine_fields`: what the engine wants otherwise in config.json."""
 
     family: FamilySpec
     geometry: AttentionGeometry
@@ -34,6 +34,7 @@ class ExportLayout:
     rank: int
     rotary: RotarySlots
     engine: Engine
+    engine_fields: Mapping[str, Any]
     norm_eps: float
 
     @property
@@ -70,6 +71,7 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, s
     layers = _mla_layers(config)
     _check_attention(config, family, layers)
     geometry = family.geometry(config)
+    engine.check_layers(geometry.num_hidden_layers)
     used = used_frequencies(config, family, layers)
     heads = engine.padded_heads(
         HeadWidths(
@@ -91,6 +93,7 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, s
         rank=engine.padded_rank(max(layer.kv_lora_rank for layer in layers)),
         rotary=rotary,
         engine=engine,
+        engine_fields=engine.config_fields(rotary.settings),
         norm_eps=family.norm_eps(config) if engine.norm_eps is None else engine.norm_eps,
     )
 
