@@ -1,9 +1,11 @@
-"""mlx_greedy.py FOLDER IDS.json TOKENS OUT.json: logits and greedy tokens of mlx-lm for every row of IDS, in an environment that has
-mlx-lm and neither torch nor this package. Logits are those of each row's tokens; TOKENS new ones follow it, one at a time."""
+"""mlx_greedy.py FOLDER IDS.json TOKENS OUT.json: logits and greedy tokens of mlx-lm for every row of IDS.
+
+For an environment that has mlx-lm and neither torch nor this package. Logits are those of a row's own tokens; TOKENS new ones
+follow it, one at a time.
+"""
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,11 +30,8 @@ def greedy(model, row, count):
 def main(folder, ids, count, result):
     model, _ = load_model(Path(folder))
     rows = [greedy(model, row, int(count)) for row in json.loads(Path(ids).read_text())]
-    logits, tokens, cached = zip(*rows)
-    version_of = {name: version(name) for name in ("mlx-lm", "mlx")}
-    Path(result).write_text(
-        json.dumps({"logits": logits, "tokens": tokens, "cached": cached[0], "versions": version_of})
-    )
+    logits, tokens, cached = zip(*rows, strict=True)
+    Path(result).write_text(json.dumps({"logits": logits, "tokens": tokens, "cached": cached[0]}))
 
 
 if __name__ == "__main__":
