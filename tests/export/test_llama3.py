@@ -80,7 +80,7 @@ def test_a_portable_llama_3_is_exported_without_scaling_and_computes_the_same(
 ) -> None:
     assert rotary_numbers(converted) == [[0, 1, 2]] * 3
     report = export_checkpoint(converted, tmp_path / "stock", ExportOptions(target=target))
-    assert report.comparison.logits_difference < 2e-4  # 1e-5 observed
+    assert report.comparison.logits_difference < 2e-4  # 3e-5 to 6e-5 observed
     assert report.comparison.greedy_agreement == report.comparison.greedy_tokens
     settings = json.loads((tmp_path / "stock" / "config.json").read_text())["rope_parameters"]
     assert settings == {"rope_type": "default", "rope_theta": pytest.approx(100.0 ** (report.qk_rope_head_dim / 16))}

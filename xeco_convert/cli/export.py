@@ -65,6 +65,10 @@ def _show_export(report: ExportReport, output: Path) -> None:
     advice = ENGINES.find(report.target, "--target").padding_advice
     if advice and after > before:
         click.echo(f"padding: {after / before:.1f} times the cache of the converted folder; {advice}")
+    if report.rank_kl is not None:
+        click.echo(
+            f"smaller rank: KL {format_cell(report.rank_kl)} nats per token to the converted model, top-1 {report.rank_top1:.1%}"
+        )
     if report.norm_kl is not None:
         click.echo(
             f"latent norm: put in place, KL {format_cell(report.norm_kl)} nats per token, top-1 {report.norm_top1:.1%}; "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from xeco_convert.errors import UnsupportedModelError
+from xeco_convert.errors import OptionError, UnsupportedModelError
 from xeco_convert.registry import Registry
 
 
@@ -65,8 +65,17 @@ class Engine:
                 return offer
         raise UnsupportedModelError(
             f"--target {self.name}: its kernels take latents of up to {self.ranks[-1]} numbers, and this model has "
-            f"{needed}; convert it with --rank {self.ranks[-1]} or a smaller KV size."
+            f"{needed}; export it with --rank {self.ranks[-1]}, or convert it with that or a smaller KV size."
         )
+
+    def check_rank(self, rank: int) -> None:
+        """Refuse a smaller rank that zeros would fill up again. Raises `OptionError` that names those on offer."""
+        if self.ranks and rank not in self.ranks:
+            offers = " or ".join(map(str, self.ranks))
+            raise OptionError(
+                f"--rank: --target {self.name} takes latents of {offers} numbers, so zeros would fill {rank} up to the next; "
+                "choose one of these, another target, or leave --rank out."
+            )
 
     def check_rope(self, kind: str, *, whole: bool, unscaled: int) -> None:
         """Refuse a rotary type that the engine would read as something else. `whole`: every source frequency has its slot, in
