@@ -101,5 +101,5 @@ def _about_scaled_frequencies(plan: ConversionPlan) -> str:
         )
     return (
         f"rotary frequencies: only the {most // 2} of {plan.rotary_dim // 2} that rotary type {kind} leaves as they are, so that "
-        "every engine can load an export"
+        "every engine can load an export (--rank with a wider --rope-dim: transformers and MLX alone)"
     )
