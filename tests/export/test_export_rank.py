@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_deepseek_v3 import convert
 
 from xeco_convert.cli import main
-from xeco_convert.errors import OptionError
+from xeco_convert.errors import CheckpointError, OptionError
 from xeco_convert.export import ExportOptions, export_checkpoint
 
 
@@ -96,8 +96,20 @@ def test_ranks_that_cannot_be_are_refused(portable: Path, tmp_path: Path) -> Non
         export_checkpoint(portable, tmp_path / "stock", ExportOptions(rank=13))
     with pytest.raises(OptionError, match="--rank: expected a whole number of at least 1, found 0"):
         ExportOptions(rank=0)
-    with pytest.raises(
-        OptionError, match=r"--rank: --target vllm takes latents of 256 or 448 or 512 numbers, so zeros"
-    ):
+    with pytest.raises(OptionError, match=r"--rank: --target vllm takes latents of 256, 448 or 512 numbers, so zeros"):
         ExportOptions(rank=128, target="vllm")
+    with pytest.raises(OptionError, match=r"--rank: --target vllm-cpu takes latents of 512 numbers"):
+        ExportOptions(rank=256, target="vllm-cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [{"kv_lora_rank": "12"}, {"kv_lora_rank": None}, {"kv_lora_rank": -3}])
+def test_entries_that_are_none_are_named_as_without_it(
+    damage: dict[str, object], portable: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(portable, tmp_path / "damaged")
+    config = json.loads((portable / "config.json").read_text())
+    config["mla_layers"][1] |= damage
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="kv_lora_rank"):
+        export_checkpoint(tmp_path / "damaged", tmp_path / "stock", ExportOptions(rank=8))

@@ -24,15 +24,16 @@ _BATCH_WINDOWS = 4
 def entries_at_rank(entries: Any, rank: int) -> Any:
     """Entries of mla_layers with latents of at most `rank`. Raises `OptionError` where that is more than any layer has; what is
     no entry is left to those who read them."""
-    ranks = [entry["kv_lora_rank"] for entry in entries or () if isinstance(entry, dict) and "kv_lora_rank" in entry]
+    whole = [isinstance(entry, dict) and type(entry.get("kv_lora_rank")) is int for entry in entries or ()]
+    ranks = [entry["kv_lora_rank"] for entry, usable in zip(entries or (), whole, strict=True) if usable]
     if ranks and rank > max(ranks):
         raise OptionError(
             f"--rank: expected at most {max(ranks)} (the largest kv_lora_rank of the converted model), found {rank}; choose a "
             "smaller one, or convert again with a larger."
         )
     return [
-        {**entry, "kv_lora_rank": min(entry["kv_lora_rank"], rank)} if isinstance(entry, dict) and ranks else entry
-        for entry in entries or ()
+        {**entry, "kv_lora_rank": min(entry["kv_lora_rank"], rank)} if usable else entry
+        for entry, usable in zip(entries or (), whole, strict=True)
     ]
 
 

@@ -71,7 +71,7 @@ class Engine:
     def check_rank(self, rank: int) -> None:
         """Refuse a smaller rank that zeros would fill up again. Raises `OptionError` that names those on offer."""
         if self.ranks and rank not in self.ranks:
-            offers = " or ".join(map(str, self.ranks))
+            offers = " or ".join(", ".join(map(str, self.ranks)).rsplit(", ", 1))
             raise OptionError(
                 f"--rank: --target {self.name} takes latents of {offers} numbers, so zeros would fill {rank} up to the next; "
                 "choose one of these, another target, or leave --rank out."
