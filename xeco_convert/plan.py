@@ -128,11 +128,21 @@ class ConversionPlan:
         return self.options.policy.budget(self.cache_facts)
 
     @property
+    def rotary_dim(self) -> int:
+        """Rows of a head that converted layers rotate in the source; 0 where none does."""
+        return max(item.kind.rotary_dim for item in self.converted)
+
+    @property
+    def portable_rotary_dim(self) -> int:
+        """The widest rotary key that every engine rotates as the source does."""
+        return min(self.rotary_dim, self.source.family.portable_rotary_dim(self.source.values))
+
+    @property
     def cache_facts(self) -> CacheFacts:
         """What the rank policy knows of the source."""
         geometry, before = self.source.geometry, self.source_kv_numbers_per_token()
-        rotated = max(item.kind.rotary_dim for item in self.converted)
         same_widths = self.options.portable
+        every_component = geometry.num_key_value_heads * self.rotary_dim
         return CacheFacts(
             cache_width=geometry.cache_width,
             num_layers=len(self.converted),
@@ -140,7 +150,7 @@ class ConversionPlan:
             numbers_kept=sum(before[item.layer] for item in self.kept),
             number_bytes=DTYPE_BYTES[self.dtype],
             full_rank=full_rank_of(self.source, self.options),
-            most_rope_dim=rotated if same_widths else geometry.num_key_value_heads * rotated,
+            most_rope_dim=self.portable_rotary_dim if same_widths else every_component,
             same_widths=same_widths,
         )
 

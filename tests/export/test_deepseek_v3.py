@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xeco_convert
+from xeco_convert.cli import main
 from xeco_convert.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError
 from xeco_convert.export import ExportOptions, export_checkpoint
+from xeco_convert.export.engines import ENGINES
 from xeco_convert.export.formats.deepseek_v3 import tensors
 
 # (variant, rotary type, options): what stock classes can hold
@@ -81,8 +83,10 @@ def test_the_stock_class_gives_our_logits_and_text(case: str, tmp_path: Path) ->
     [
         ("transformers", (12, 8, 8, 8)),
         ("vllm", (256, 64, 64, 128)),
+        ("vllm-cpu", (512, 64, 64, 128)),
         ("sglang", (256, 64, 64, 128)),
         ("llama.cpp", (12, 8, 8, 8)),
+        ("mlx", (12, 8, 8, 8)),
     ],
 )
 def test_targets_get_widths_that_they_take(
@@ -100,6 +104,17 @@ def test_targets_get_widths_that_they_take(
         assert not any(name.endswith("bias") for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.parametrize(("target", "said"), [("vllm-cpu", True), ("transformers", False)])
+def test_padding_is_told_with_the_way_to_do_without(
+    target: str, said: bool, llama_portable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(llama_portable), str(tmp_path / "stock"), "--target", target])
+    assert end.value.code in (0, None)
+    told = f"padding: {(512 + 64) / (12 + 8):.1f} times the cache of the converted folder; vLLM with xeco-convert installed"
+    assert (told in capsys.readouterr().out) is said
+
+
 def test_a_norm_is_put_in_place_and_its_price_told(tmp_path: Path) -> None:
     converted = convert(tmp_path, "llama", rank=12, rope_dim=8, portable=False, init="paper")
     report = export_checkpoint(converted, tmp_path / "stock")
@@ -115,13 +130,13 @@ def test_half_precision_is_kept_and_compared(tmp_path: Path) -> None:
     assert report.comparison.logits_difference < 0.25
 
 
-@pytest.mark.parametrize("target", ["transformers", "vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("target", ENGINES.names())
 def test_latent_rows_are_stored_with_the_bits_that_they_had(target: str, tmp_path: Path) -> None:
     """Scaled by a power of two, at which the norm's eps acts as in our model within a factor of two."""
     converted = convert(tmp_path, "llama", rank=12, rope_dim=8, dtype="bfloat16")
     report = export_checkpoint(converted, tmp_path / "stock", ExportOptions(target=target))
     ours, stock = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "stock"))
-    eps = [1e-5, 1e-6 if target == "transformers" else 1e-5]  # of config.json, and what the target's norm has
+    eps = [1e-5, ENGINES.find(target, "--target").norm_eps or 1e-5]  # of config.json, and what the target's norm has
     for layer in range(3):
         name = f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"
         before, after = ours[name][:12].float(), stock[name][:12].float()
@@ -160,11 +175,12 @@ def test_what_cannot_be_portable_is_refused_before_anything_is_computed(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_is_sent_to_transformers_alone(tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_sent_to_what_takes_the_converted_folder(tmp_path: Path) -> None:
     source = build_checkpoint(tmp_path / "source", "qwen2", tokenizer=True)
     xeco_convert.convert(source, tmp_path / "out", init="paper", rank=8)
     with pytest.raises(
-        UnsupportedModelError, match=r"Serve the converted folder itself with transformers .* cannot load"
+        UnsupportedModelError,
+        match=r"Serve the converted folder itself with transformers, or with vLLM where xeco-convert is installed beside it",
     ):
         export_checkpoint(tmp_path / "out", tmp_path / "stock")
 
@@ -175,7 +191,7 @@ def test_repeated_frequencies_are_refused_with_the_way_out(tmp_path: Path) -> No
         export_checkpoint(converted, tmp_path / "stock")
 
 
-@pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("target", ["vllm", "vllm-cpu", "sglang", "llama.cpp"])
 def test_rotary_scalings_that_an_engine_misreads_are_refused(target: str, tmp_path: Path) -> None:
     converted = convert(tmp_path, "llama", "llama3", rank=8, rope_dim=8)
     with pytest.raises(UnsupportedModelError, match=rf"--target {target}: rotary type 'llama3' would not come out"):

@@ -66,9 +66,9 @@ def test_the_export_has_the_widths_of_the_engine_and_the_card_of_the_format(port
 def test_the_command_line_names_them(portable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("export", "--help") in (0, None)
     text = " ".join(capsys.readouterr().out.split())
-    assert "transformers, vllm, sglang, llama.cpp or wide." in text
+    assert "transformers, vllm, vllm-cpu, sglang, llama.cpp, mlx or wide." in text
     assert "deepseek-v3, dense; deepseek-v3-again, the same once more." in text
     assert command("export", portable, tmp_path / "stock", "--target", "narrow") == 2
-    assert "--target: expected one of transformers, vllm, sglang, llama.cpp, wide, found narrow" in (
+    assert "--target: expected one of transformers, vllm, vllm-cpu, sglang, llama.cpp, mlx, wide, found narrow" in (
         capsys.readouterr().err
     )

@@ -9,7 +9,7 @@ import pytest
 
 from xeco_convert.errors import OptionError
 from xeco_convert.ranks import Widths
-from xeco_convert.ranks.budget import candidate_widths, default_multiple, rope_step, split_budget
+from xeco_convert.ranks.budget import candidate_widths, default_multiple, full_splits, rope_step, split_budget
 
 OFFERS = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in [(4, 2), (4, 4), (8, 2), (8, 4), (12, 6)]]
 # full rank, most rotary rows, multiple, average
@@ -83,3 +83,13 @@ def test_the_smallest_widths_are_always_on_offer(full_rank: int, most_rope: int,
     least = Widths(kv_lora_rank=multiple, qk_rope_head_dim=rope_step(multiple))
     for size in (average, least.total, 1.5 * least.total, 10 * average):
         assert least in candidate_widths(full_rank, most_rope, multiple, size)
+
+
+@pytest.mark.parametrize(
+    ("most_rope", "expected"), [(30, [8, 16, 24, 30]), (32, [8, 16, 24, 32]), (58, [8, 16, 24, 32, 40, 48, 56, 58])]
+)
+def test_the_widest_rotary_key_is_offered_even_where_it_is_no_multiple(most_rope: int, expected: list[int]) -> None:
+    """Where a rotary scaling leaves only so many frequencies as they are."""
+    offers = full_splits(512, most_rope, 16, 128)
+    assert [offer.qk_rope_head_dim for offer in offers] == expected
+    assert all(offer.total <= 128 and offer.kv_lora_rank % 8 == 0 for offer in offers)

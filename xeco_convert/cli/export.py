@@ -13,6 +13,7 @@ from xeco_convert.cli.options import OptionsCommand
 from xeco_convert.commandline.output import json_option, own_warnings_last, quiet_option, write_json
 from xeco_convert.commandline.progress import progress
 from xeco_convert.commandline.run import say_when_interrupted, when_interrupted
+from xeco_convert.export.engines import ENGINES
 from xeco_convert.export.options import ExportOptions
 from xeco_convert.report import format_cell
 from xeco_convert.settings import option_fields
@@ -59,7 +60,15 @@ def _show_export(report: ExportReport, output: Path) -> None:
         f"{output}: {report.format} for {report.target}: kv_lora_rank {report.kv_lora_rank}, qk_nope_head_dim "
         f"{report.qk_nope_head_dim}, qk_rope_head_dim {report.qk_rope_head_dim}, v_head_dim {report.v_head_dim}"
     )
-    click.echo(f"KV cache: {report.kv_numbers_before} -> {report.kv_numbers_after} numbers per token, all layers")
+    before, after = report.kv_numbers_before, report.kv_numbers_after
+    click.echo(f"KV cache: {before} -> {after} numbers per token, all layers")
+    advice = ENGINES.find(report.target, "--target").padding_advice
+    if advice and after > before:
+        click.echo(f"padding: {after / before:.1f} times the cache of the converted folder; {advice}")
+    if report.rank_kl is not None:
+        click.echo(
+            f"smaller rank: KL {format_cell(report.rank_kl)} nats per token to the converted model, top-1 {report.rank_top1:.1%}"
+        )
     if report.norm_kl is not None:
         click.echo(
             f"latent norm: put in place, KL {format_cell(report.norm_kl)} nats per token, top-1 {report.norm_top1:.1%}; "

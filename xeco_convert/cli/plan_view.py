@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from xeco_convert.families.spec import rope_parameters
 from xeco_convert.ranks import Widths
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
             f"{len(windows)} layers keep their sliding window of {windows[0].window} tokens: their cache does not "
             f"grow with the text, and is not counted (--layers 0-{len(plan.layers) - 1} converts them too)"
         )
+    if options.portable and plan.portable_rotary_dim < plan.rotary_dim:
+        lines.append(_about_scaled_frequencies(plan))
     bound = "" if plan.widths_are_final else "at most "
     parameters, products = plan.exact_key_cost()
     if parameters:
@@ -85,3 +88,18 @@ def _widths_in_words(plan: ConversionPlan) -> str:
     widths = Widths(kv_lora_rank=shape.kv_lora_rank, qk_rope_head_dim=shape.qk_rope_head_dim)
     default = " (default)" if plan.options.rope_dim is None else ""
     return plan.options.policy.describe(plan.cache_facts, widths, default)
+
+
+def _about_scaled_frequencies(plan: ConversionPlan) -> str:
+    """What --portable does where the rotary type leaves only the fastest frequencies as they are."""
+    most, kind = plan.portable_rotary_dim, rope_parameters(plan.source.values).get("rope_type")
+    chosen = plan.options.rope_dim or 0
+    if chosen > most:
+        return (
+            f"note: rotary type {kind} scales some of the frequencies that --rope-dim {chosen} takes, so only engines that know "
+            f"it can load an export: transformers and MLX; --rope-dim {most} suits all"
+        )
+    return (
+        f"rotary frequencies: only the {most // 2} of {plan.rotary_dim // 2} that rotary type {kind} leaves as they are, so that "
+        "every engine can load an export (--rank with a wider --rope-dim: transformers and MLX alone)"
+    )

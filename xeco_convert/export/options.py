@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from xeco_convert.export.engines import ENGINES
 from xeco_convert.export.formats import FORMATS
 from xeco_convert.options import parse_size
-from xeco_convert.settings import option
+from xeco_convert.settings import option, require
 
 
 def _about_formats() -> str:
@@ -25,11 +25,19 @@ class ExportOptions:
 
     format: str = option(_about_formats, "deepseek-v3", metavar="FORMAT")
     target: str = option(_about_engines, "transformers", metavar="ENGINE")
-    seed: int = option("Seed of sampling, where a norm has to be put in.", 0, metavar="N")
+    rank: int | None = option(
+        "kv_lora_rank to export at, where the converted model has more: its best latent directions, by text that it writes "
+        "itself. [as converted]",
+        metavar="N",
+    )
+    seed: int = option("Seed of sampling, for --rank and where a norm has to be put in.", 0, metavar="N")
     max_shard_size: str = option("Largest weight file.", "5GB", metavar="SIZE")
     overwrite: bool = option("Replace DEST if it exists.", False)
 
     def __post_init__(self) -> None:
         FORMATS.find(self.format, "--format")
-        ENGINES.find(self.target, "--target")
+        engine = ENGINES.find(self.target, "--target")
+        require(self.rank is None or self.rank >= 1, "--rank", "a whole number of at least 1", self.rank)
+        if self.rank is not None:
+            engine.check_rank(self.rank)
         parse_size(self.max_shard_size)

@@ -17,12 +17,13 @@ from xeco_convert.checkpoint.dtypes import CONFIG_NAMES, TORCH_DTYPES
 from xeco_convert.checkpoint.format import EXPORT_REPORT_FILE
 from xeco_convert.checkpoint.output import check_output
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
-from xeco_convert.evaluate import Fidelity
 from xeco_convert.export.comparison import Comparison, compare_with_stock
 from xeco_convert.export.engines import ENGINES
 from xeco_convert.export.formats import FORMATS, ExportFormat, StockLayout
-from xeco_convert.export.latent_norm import attentions, with_latent_norms
+from xeco_convert.export.latent_norm import LatentStep, attentions
 from xeco_convert.export.options import ExportOptions
+from xeco_convert.export.own_text import OwnText
+from xeco_convert.export.smaller_rank import entries_at_rank, with_rank
 from xeco_convert.families import WRAPPERS, FamilySpec, supported_model_types
 from xeco_convert.initialisation import Progress
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
@@ -36,7 +37,8 @@ _SAMPLING_SHARE, _WRITTEN_SHARE = 0.2, 0.8  # of the work, when these are done
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """What was written, and how it compares. `norm_kl` (nats per token) and `norm_top1`: what putting a norm on the latents
-    changed in the model's predictions, None where the checkpoint was converted with one."""
+    changed in the model's predictions, None where the checkpoint was converted with one. `rank_kl` and `rank_top1`: the same of
+    a smaller rank, with the norms that it needed; None where all ranks stayed. `comparison` is of what then was exported."""
 
     format: str
     target: str
@@ -48,6 +50,8 @@ class ExportReport:
     kv_numbers_after: int
     norm_kl: float | None
     norm_top1: float | None
+    rank_kl: float | None
+    rank_top1: float | None
     comparison: Comparison
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +76,8 @@ def export_checkpoint(
     check_output(Path(output), index.folder, overwrite=options.overwrite)
     family = _family(index)
     values = read_config(index.config, index.folder / "config.json").to_dict()
+    if options.rank is not None:
+        values["mla_layers"] = entries_at_rank(values.get("mla_layers"), options.rank)
     stock = FORMATS.find(options.format, "--format")()
     layout = stock.layout(values, family, ENGINES.find(options.target, "--target"), index.headers)
     dtype = _stored_dtype(index, layout)
@@ -99,15 +105,16 @@ class _Export:
         options, layout = self._options, self._layout
         self._on_progress("loading the model", 0.0)
         model = load_causal_lm(self._index.folder, torch.float32).eval()
-        weights_bytes = sum(header.num_bytes for header in self._index.headers.values())
-        step = with_latent_norms(
-            model,
+        text = OwnText(
             self._index.folder,
-            weights_bytes=weights_bytes,
+            model.config,
+            weights_bytes=sum(header.num_bytes for header in self._index.headers.values()),
             seed=options.seed,
-            on_progress=lambda share: self._on_progress("sampling text for the latent norms", _SAMPLING_SHARE * share),
+            on_progress=lambda share: self._on_progress("sampling text for the latents", _SAMPLING_SHARE * share),
         )
-        changed = _changed_by_norms(step.model) if step.fidelity is not None else {}
+        numbers_before = sum(model.config.kv_cache_numbers_per_token())
+        step = with_rank(model, options.rank, text)
+        changed = _changed_latents(step.model) if step.norm or step.rank else {}
         writer = CheckpointWriter(
             output,
             self._format.headers(layout, self._dtype),
@@ -121,7 +128,7 @@ class _Export:
             writer.flush()
             fields = {name: self._format.transformers_fields[name] for name in layout.engine.config}
             comparison = compare_with_stock(step.model, writer.folder, self._dtype, fields)
-            report = self._report(step.fidelity, comparison)
+            report = self._report(step, numbers_before, comparison)
             writer.write_text(EXPORT_REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         self._on_progress("written", 1.0)
         return report
@@ -151,16 +158,18 @@ class _Export:
         )
         writer.write_text("README.md", _CARD_METADATA + card)
 
-    def _report(self, fidelity: Fidelity | None, comparison: Comparison) -> ExportReport:
+    def _report(self, step: LatentStep, numbers_before: int, comparison: Comparison) -> ExportReport:
         layout = self._layout
         return ExportReport(
             format=self._options.format,
             target=self._options.target,
             **layout.widths,
-            kv_numbers_before=sum(layer.cache_width for layer in layout.layers),
+            kv_numbers_before=numbers_before,
             kv_numbers_after=layout.cache_width * len(layout.layers),
-            norm_kl=None if fidelity is None else fidelity.kl,
-            norm_top1=None if fidelity is None else fidelity.top1,
+            norm_kl=None if step.norm is None else step.norm.kl,
+            norm_top1=None if step.norm is None else step.norm.top1,
+            rank_kl=None if step.rank is None else step.rank.kl,
+            rank_top1=None if step.rank is None else step.rank.top1,
             comparison=comparison,
         )
 
@@ -188,8 +197,8 @@ def _stored_dtype(index: CheckpointIndex, layout: StockLayout) -> str:
     return index.headers[name].dtype
 
 
-def _changed_by_norms(model: Any) -> dict[str, torch.Tensor]:
-    """Weights that putting norms in place changed, by name."""
+def _changed_latents(model: Any) -> dict[str, torch.Tensor]:
+    """Weights that another latent changed, by name."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()

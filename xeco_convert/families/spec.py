@@ -224,6 +224,12 @@ class FamilySpec:
         share = rope_parameters(values).get("partial_rotary_factor", 1.0)
         return int(self.geometry(values).head_dim * (1.0 if share is None else float(share)))
 
+    def portable_rotary_dim(self, values: Mapping[str, Any]) -> int:
+        """The widest rotary key at one pair for each frequency that every engine rotates as the source does: where the rotary
+        type leaves the fastest frequencies as they are, only those."""
+        width = self.rotary_width(values)
+        return 2 * unscaled_frequencies(rope_parameters(values), width) or width
+
     def logits_scale(self, values: Mapping[str, Any]) -> float:
         """What the output head's products are divided by."""
         return float(values.get(self.logits_divisor) or 1.0)
@@ -294,6 +300,19 @@ def rope_parameters(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"config.json: rope_parameters must be an object, found {type(settings).__name__}.")
     return settings
+
+
+def unscaled_frequencies(settings: Mapping[str, Any], width: int) -> int:
+    """How many of the fastest frequencies of `width` rotary rows are those of rotary type "default". The type llama3 scales
+    only those whose turn takes more than original_max_position_embeddings / high_freq_factor tokens; others may scale all."""
+    kind = settings.get("rope_type", "default")
+    if kind == "default":
+        return width // 2
+    if kind != "llama3":
+        return 0
+    longest_turn = float(settings["original_max_position_embeddings"]) / float(settings["high_freq_factor"])
+    theta = float(settings["rope_theta"])
+    return sum(2 * math.pi * theta ** (2 * pair / width) <= longest_turn for pair in range(width // 2))
 
 
 def _integer(values: Mapping[str, Any], name: str) -> int:

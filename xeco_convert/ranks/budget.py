@@ -130,8 +130,8 @@ def full_splits(full_rank: int, most_rope: int, multiple: int, average: int) -> 
     half = rope_step(multiple)
     offers = [
         Widths(kv_lora_rank=min(full_rank, (average - rope) // half * half), qk_rope_head_dim=rope)
-        for rope in range(half, most_rope + 1, half)
-        if average - rope >= multiple
+        for rope in [*range(half, most_rope, half), most_rope]  # the widest even where it is no multiple
+        if 0 < rope <= average - multiple
     ]
     return offers or [Widths(kv_lora_rank=multiple, qk_rope_head_dim=half)]
 

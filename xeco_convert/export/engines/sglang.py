@@ -2,10 +2,10 @@
 
 from xeco_convert.export.engines.engine import DEEPSEEK_HEADS, ENGINES, Engine
 
-SGLANG = ENGINES.add(
+ENGINES.add(
     Engine(
         name="sglang",
-        order=2,
+        order=3,
         heads=DEEPSEEK_HEADS,
         ranks=(256, 512),
         rope_reason="SGLang's DeepSeek class reads it as YaRN",

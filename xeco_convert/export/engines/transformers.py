@@ -2,7 +2,7 @@
 
 from xeco_convert.export.engines.engine import ENGINES, Engine
 
-TRANSFORMERS = ENGINES.add(
+ENGINES.add(
     Engine(
         name="transformers",
         order=0,

@@ -75,7 +75,8 @@ class CalibratedInitialisation(Initialisation):
             1 if options.portable else source.geometry.num_key_value_heads
         )
         require_at_most("--rope-dim", options.rope_dim, rotary_rows, "all rotary rows")
-        rope_dim = options.rope_dim or min(_MOST_ROPE_DIM, rotary_rows)
+        most = source.family.portable_rotary_dim(source.values) if options.portable else rotary_rows
+        rope_dim = options.rope_dim or min(_MOST_ROPE_DIM, most, rotary_rows)
         return source.geometry.head_dim, rope_dim if rotary_dim else 0
 
     def begin(

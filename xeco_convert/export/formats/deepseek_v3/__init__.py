@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @FORMATS.add
 class DeepseekV3(ExportFormat):
-    """Classes of this model_type are in transformers, vLLM, SGLang and llama.cpp."""
+    """Classes of this model_type are in transformers, vLLM, SGLang, llama.cpp and mlx-lm."""
 
     name = "deepseek-v3"
     order = 0

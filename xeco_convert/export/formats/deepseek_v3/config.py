@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from xeco_convert.export.formats.deepseek_v3.layout import ExportLayout
-from xeco_convert.families.spec import rope_parameters
 
 # Fields of the source that stay as they are.
 _SAME = (
@@ -26,9 +25,6 @@ _SAME = (
 def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
     """config.json of a dense DeepSeek-V3: every layer below first_k_dense_replace, no shared or routed expert in use."""
     values = layout.config
-    settings = {key: value for key, value in rope_parameters(values).items() if key != "partial_rotary_factor"}
-    settings.pop("type", None)
-    settings = {**settings, "rope_theta": layout.rotary.rope_theta}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -39,8 +35,8 @@ def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "q_lora_rank": None,
         **layout.widths,
-        "rope_parameters": settings,
-        "rope_theta": layout.rotary.rope_theta,
+        "rope_parameters": dict(layout.rotary.settings),
+        "rope_theta": layout.rotary.settings["rope_theta"],
         "rope_interleave": True,
         "first_k_dense_replace": layout.geometry.num_hidden_layers,
         "num_nextn_predict_layers": 0,
@@ -56,5 +52,5 @@ def stock_config(layout: ExportLayout, dtype: str) -> dict[str, Any]:
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
         "dtype": dtype,
-        **layout.engine.config,
+        **layout.engine_fields,
     }

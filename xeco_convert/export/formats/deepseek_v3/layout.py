@@ -12,31 +12,17 @@ from typing import Any
 
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.export.engines import Engine, HeadWidths
+from xeco_convert.export.formats.deepseek_v3.rotary import RotarySlots, used_frequencies
 from xeco_convert.families import AttentionGeometry, FamilySpec
-from xeco_convert.families.spec import rope_parameters
 from xeco_convert.layer_entries import mla_layer
 from xeco_convert.modeling import MlaLayer
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotarySlots:
-    """The frequencies of a stock model are theta^(-2j/P). `stride`: slot j holds the source's frequency stride·j."""
-
-    stride: int
-    slots: int
-    rope_theta: float
-    whole: bool
-
-    def slot(self, frequency: int) -> int:
-        """The slot of a source frequency."""
-        return frequency // self.stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportLayout:
     """What export needs to know before it reads a weight. `config`: fields as transformers resolved them; `norm_eps`: of the
     latent norm in the engine's forward; `fused_mlp`: gate and up projections are one tensor; `head_is_embedding`: no output
-    head is stored, so that it is the embedding."""
+    head is stored, so that it is the embedding; `engine_fields`: what the engine wants otherwise in config.json."""
 
     family: FamilySpec
     geometry: AttentionGeometry
@@ -48,6 +34,7 @@ class ExportLayout:
     rank: int
     rotary: RotarySlots
     engine: Engine
+    engine_fields: Mapping[str, Any]
     norm_eps: float
 
     @property
@@ -84,17 +71,17 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, s
     layers = _mla_layers(config)
     _check_attention(config, family, layers)
     geometry = family.geometry(config)
-    needed = max((layer.qk_rope_head_dim for layer in layers), default=0)
-    rotary = _slots(config, family, layers, needed)
+    engine.check_layers(geometry.num_hidden_layers)
+    used = used_frequencies(config, family, layers)
     heads = engine.padded_heads(
         HeadWidths(
             nope=max(layer.qk_nope_head_dim for layer in layers),
-            rope=2 * rotary.slots,
+            rope=2 * used.needed_slots,
             v=max(layer.v_head_dim for layer in layers),
         )
     )
-    rotary = _widened(rotary, config, family, layers, heads.rope // 2)
-    engine.check_rope(config, whole=rotary.whole)
+    rotary = used.in_slots(heads.rope // 2)
+    engine.check_rope(used.kind, whole=rotary.whole, unscaled=used.unscaled)
     return ExportLayout(
         family=family,
         geometry=geometry,
@@ -106,6 +93,7 @@ def make_layout(config: Mapping[str, Any], family: FamilySpec, engine: Engine, s
         rank=engine.padded_rank(max(layer.kv_lora_rank for layer in layers)),
         rotary=rotary,
         engine=engine,
+        engine_fields=engine.config_fields(rotary.settings),
         norm_eps=family.norm_eps(config) if engine.norm_eps is None else engine.norm_eps,
     )
 
@@ -129,39 +117,6 @@ def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequ
     if reason is not None:
         raise UnsupportedModelError(
             f"config.json: a {family.model_type} model cannot become DeepSeek-V3: {reason}. Serve the converted folder itself "
-            "with transformers (docs/serving.md); vLLM, SGLang and llama.cpp cannot load it."
+            "with transformers, or with vLLM where xeco-convert is installed beside it (docs/serving.md); other engines cannot "
+            "load it."
         )
-
-
-def _slots(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], rope: int) -> RotarySlots:
-    """The narrowest stock grid that has a slot for every frequency in use."""
-    used: set[int] = set()
-    for number, layer in enumerate(layers):
-        index = layer.rope_index if layer.rope_index is not None else tuple(range(layer.qk_rope_head_dim // 2))
-        repeated = sorted({frequency for frequency in index if index.count(frequency) > 1})
-        if repeated:
-            raise UnsupportedModelError(
-                f"config.json: layer {number} rotates several pairs at one frequency ({repeated[0]}), and a stock rotary key has "
-                "one pair for each; convert with --portable."
-            )
-        used.update(index)
-    fresh = any(layer.rope_index is None for layer in layers)
-    if fresh and any(layer.rope_index is not None or layer.qk_rope_head_dim != rope for layer in layers):
-        raise UnsupportedModelError(
-            "config.json: rotary widths or frequencies differ between layers; convert with --portable."
-        )
-    stride = math.gcd(*used) or 1
-    slots = max(used, default=0) // stride + 1
-    return _widened(RotarySlots(stride=stride, slots=slots, rope_theta=0.0, whole=False), config, family, layers, slots)
-
-
-def _widened(
-    rotary: RotarySlots, config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer], slots: int
-) -> RotarySlots:
-    """The same grid with more slots: theta'^(-2j/P') has to be theta^(-2·stride·j/D), D the width that theta is over."""
-    fresh = next((layer.qk_rope_head_dim for layer in layers if layer.rope_index is None), None)
-    width = fresh or family.rotary_width(config)
-    theta = float(rope_parameters(config)["rope_theta"])
-    stock = theta ** (rotary.stride * 2 * slots / width)
-    whole = rotary.stride == 1 and 2 * slots == width
-    return RotarySlots(stride=rotary.stride, slots=slots, rope_theta=theta if whole else stock, whole=whole)
