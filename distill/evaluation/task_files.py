@@ -81,7 +81,7 @@ def lm_eval_task(task: TaskFile) -> Any:
     rows = [{key: row[key] for key in _KEYS[task.form]} for row in task.rows]
 
     class RowsInMemory(ConfigurableTask):
-        def download(self, dataset_kwargs: Any = None, **_: Any) -> None:
+        def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": Dataset.from_list(rows)}
 
     return RowsInMemory(config=_config(task))
