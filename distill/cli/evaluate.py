@@ -24,9 +24,12 @@ from xeco_convert.commandline.run import say_when_interrupted
 @click.option("--needles", default=4, show_default=True, metavar="N", help="needle: trials at each of five depths.")
 @click.option("--tasks", metavar="LIST", help="Also these lm-eval tasks, as arc_easy,hellaswag (extra [eval]).")
 @click.option(
-    "--include-tasks", type=click.Path(path_type=Path), metavar="DIR", help="Folder with further lm-eval tasks."
+    "--include-tasks",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with further tasks: lm-eval's YAML, or rows in NAME.jsonl, scored without a network. [lm-eval's own]",
 )
-@click.option("--limit", type=int, metavar="N", help="Examples of each lm-eval task. [all]")
+@click.option("--limit", type=int, metavar="N", help="Examples of each task; of a file evenly spread. [all]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), help="[cuda where there is one]")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of samples and needles.")
 @click.option("--card/--no-card", default=True, help="Put the results into OUT's report and model card. [yes]")

@@ -46,11 +46,18 @@ class EvalOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag, value, low in (("--tokens", self.tokens, 1), ("--seq-length", self.seq_length, 2)):
+        for flag, value, low in (
+            ("--tokens", self.tokens, 1),
+            ("--seq-length", self.seq_length, 2),
+            ("--limit", self.limit, 1),
+        ):
             if value is not None and value < low:
                 raise OptionError(
                     f"{flag}: expected a whole number of at least {low}, found {value}; change the value."
                 )
+        for flag, setting in (("--include-tasks", self.include_tasks), ("--limit", self.limit)):
+            if setting is not None and self.tasks is None:
+                raise OptionError(f"{flag}: expected --tasks with it, found none; name the tasks, or leave {flag} out.")
 
 
 def evaluate_checkpoint(
@@ -63,6 +70,12 @@ def evaluate_checkpoint(
     refuse_foreign_folder(folder)
     pair = open_pair(folder, options.teacher, options.teacher_revision, options.seq_length)
     lengths = parse_contexts(options.contexts, pair) if options.needle or options.contexts else ()
+    tasks = None
+    if options.tasks is not None:
+        from .harness import find_tasks, run_tasks
+
+        names = [task.strip() for task in options.tasks.split(",") if task.strip()]
+        tasks = find_tasks(names, options.include_tasks, options.limit)
     process = open_process(options.device)
     tell("loading both models", 0.0, {})
     teacher = Teacher(_ready(pair.teacher.folder, process.device, "teacher"), pair.student.config["vocab_size"])
@@ -80,19 +93,9 @@ def evaluate_checkpoint(
     if lengths:
         models = {"teacher": teacher.model, "student": student}
         results["needle"] = _needle(pair, rows, lengths, models, options, tell)
-    if options.tasks is not None:
-        from .harness import run_tasks
-
+    if tasks is not None:
         tell("tasks of lm-eval", 0.0, {})
-        names = [task.strip() for task in options.tasks.split(",") if task.strip()]
-        results["tasks"], results["lm_eval"] = run_tasks(
-            folder,
-            names,
-            include=options.include_tasks,
-            limit=options.limit,
-            batch_size=4,
-            device=str(process.device),
-        )
+        results |= run_tasks(student, load_tokenizer(folder), tasks)
     return results
 
 
