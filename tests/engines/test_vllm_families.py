@@ -1,0 +1,66 @@
+"""Every family as a tiny random model in vLLM on the CPU against this project's own model, or the sentence that refuses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import VARIANTS, VOCABULARY, build_checkpoint, random_ids
+from generation import Run, assert_same_generation, own_generation
+
+import xeco_convert
+from xeco_convert.vllm.support import FAMILIES
+
+# heads that vLLM's CPU attention takes in kept layers
+SIZES = {"hidden_size": 64, "head_dim": 32}
+MAX_TOKENS = 12
+PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 18, 33)]
+KEPT = {"gemma2": "1", "gemma3": "1,2", "smollm3": "0", "qwen2": "0,2", "mixtral": "1", "granite": "0,1"}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{variant: (variant, "0-2", {}) for variant in VARIANTS},
+    **{f"{variant}, layers {layers}": (variant, layers, {}) for variant, layers in KEPT.items()},
+    **{f"llama, {rope} rotary": ("llama", "0-2", {"rope": rope}) for rope in ("linear", "llama3", "yarn")},
+}
+SERVED = [name for name, (variant, _, _) in CASES.items() if not FAMILIES[VARIANTS[variant]["model_type"]].refusal]
+REFUSED = [name for name in CASES if name not in SERVED]
+
+
+def convert(base: Path, name: str) -> Path:
+    variant, layers, settings = CASES[name]
+    sizes = {**SIZES, "num_hidden_layers": 3}
+    if variant == "olmo2" or variant.startswith("gpt_neox"):
+        sizes = {}
+    source = build_checkpoint(base / "source", variant, tokenizer=True, **settings, **sizes)
+    words = torch.randint(3, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(5))
+    (base / "words.txt").write_text(" ".join(f"w{number}" for number in words.tolist()))
+    options = {"calibration": str(base / "words.txt"), "calibration_tokens": 2048, "layers": layers}
+    xeco_convert.convert(source, base / "out", rank=24, rope_dim=12, **options)
+    return base / "out"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: convert(tmp_path_factory.mktemp("family"), name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def served(run_vllm: Run, folders: dict[str, Path]) -> dict[str, Any]:
+    jobs = [
+        {"folder": str(folder), "prompts": [PROMPTS], "max_tokens": MAX_TOKENS, "settings": {"max_model_len": 64}}
+        for folder in folders.values()
+    ]
+    return dict(zip(folders, run_vllm(jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_greedy_tokens_are_those_of_the_converted_model(
+    name: str, served: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    assert_same_generation(own_generation(folders[name], PROMPTS, MAX_TOKENS), served[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_families_are_refused_in_one_sentence(name: str, served: dict[str, Any]) -> None:
+    assert FAMILIES[VARIANTS[CASES[name][0]]["model_type"]].refusal in served[name]["error"]
