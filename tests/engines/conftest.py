@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 from generation import Run
 
-collect_ignore = (
-    [] if importlib.util.find_spec("vllm") else ["test_vllm.py", "test_vllm_families.py", "test_vllm_server.py"]
-)
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py", "test_vllm_families.py"]
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
