@@ -46,7 +46,18 @@ def test_neither_the_package_nor_its_plugin_imports_vllm() -> None:
 def test_no_folder_of_tests_passes_for_a_package_that_is_looked_for() -> None:
     """Folders on the path are packages to `find_spec`, by which others see whether vLLM is there."""
     folders = {path.name for path in Path(__file__).resolve().parents[1].iterdir() if path.is_dir()}
-    assert not folders & {"vllm", "mlx", "mlx_lm", "gguf", "trl", "peft", "lm_eval", "datasets", "accelerate", "optimum"}
+    assert not folders & {
+        "vllm",
+        "mlx",
+        "mlx_lm",
+        "gguf",
+        "trl",
+        "peft",
+        "lm_eval",
+        "datasets",
+        "accelerate",
+        "optimum",
+    }
 
 
 def test_every_family_is_served_or_refused_with_a_reason() -> None:
