@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from generation import Run
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py", "test_vllm_families.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from builders import VARIANTS, VOCABULARY, build_checkpoint, random_ids
+from builders import VARIANTS, build_checkpoint, random_ids
 from generation import Run, assert_same_generation, own_generation
 
 import xeco_convert
@@ -18,8 +17,10 @@ SIZES = {"hidden_size": 64, "head_dim": 32}
 MAX_TOKENS = 12
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 18, 33)]
 KEPT = {"gemma2": "1", "gemma3": "1,2", "smollm3": "0", "qwen2": "0,2", "mixtral": "1", "granite": "0,1"}
+# With tied embeddings these random models repeat their first token, and write no text to calibrate on.
+UNTIED = {variant: {"tie_word_embeddings": False} for variant in ("qwen3_bias", "phi3_partial")}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{variant: (variant, "0-2", {}) for variant in VARIANTS},
+    **{variant: (variant, "0-2", UNTIED.get(variant, {})) for variant in VARIANTS if variant != "qwen2_tied"},
     **{f"{variant}, layers {layers}": (variant, layers, {}) for variant, layers in KEPT.items()},
     **{f"llama, {rope} rotary": ("llama", "0-2", {"rope": rope}) for rope in ("linear", "llama3", "yarn")},
 }
@@ -32,11 +33,8 @@ def convert(base: Path, name: str) -> Path:
     sizes = {**SIZES, "num_hidden_layers": 3}
     if variant == "olmo2" or variant.startswith("gpt_neox"):
         sizes = {}
-    source = build_checkpoint(base / "source", variant, tokenizer=True, **settings, **sizes)
-    words = torch.randint(3, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(5))
-    (base / "words.txt").write_text(" ".join(f"w{number}" for number in words.tolist()))
-    options = {"calibration": str(base / "words.txt"), "calibration_tokens": 2048, "layers": layers}
-    xeco_convert.convert(source, base / "out", rank=24, rope_dim=12, **options)
+    source = build_checkpoint(base / "source", variant, **settings, **sizes)
+    xeco_convert.convert(source, base / "out", rank=24, rope_dim=12, calibration_tokens=8192, layers=layers)
     return base / "out"
 
 

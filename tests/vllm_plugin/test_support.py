@@ -95,6 +95,8 @@ def test_the_cpu_takes_any_width_window_and_cap() -> None:
         (LAYER, 512, GPU, "start with --max-model-len 512"),
         (replace(LAYER, kv_lora_rank=8), None, GPU, "found 8 and 24; convert with --rank"),
         (replace(LAYER, qk_rope_head_dim=8), None, GPU, "found 48 and 8; convert with --rank"),
+        (replace(LAYER, kv_lora_rank=536, qk_rope_head_dim=40), None, GPU, "a latent of 257 to 512, found 536"),
+        (replace(LAYER, kv_lora_rank=128, qk_rope_head_dim=160), None, GPU, "a latent of 129 to 256, found 128"),
         (replace(LAYER, qk_nope_head_dim=250), None, GPU, "at most 256 numbers, found 274"),
         (replace(LAYER, biases=("kv_b",), logit_softcap=3.0), None, CPU, "keys have a bias"),
     ],

@@ -61,8 +61,9 @@ def layer_rotary(config: Any, prefix: str, number: int, layer: MlaLayer, max_mod
         own.head_dim = layer.qk_rope_head_dim
     frequencies, scaling = _frequencies(own, prefix, kind, max_model_len)
     if layer.rope_index is not None:
-        frequencies = frequencies[torch.tensor(layer.rope_index, dtype=torch.int64)]
-    return LatentRotary(frequencies, scaling)
+        frequencies = frequencies[torch.tensor(layer.rope_index, dtype=torch.int64, device="cpu")]
+    # vLLM builds models where they run, and moves nothing afterwards
+    return LatentRotary(frequencies.to(torch.get_default_device()), scaling)
 
 
 def _is_nested(parameters: Any) -> bool:

@@ -16,6 +16,8 @@ from xeco_convert.modeling.layer_xeco import MlaLayer
 KNOWN_VERSIONS = ("0.32",)
 # The decode kernel of Triton multiplies tiles of at least 16 numbers, and pads widths to powers of two.
 _LEAST_TILE = 9
+# It takes these numbers per token for DeepSeek's 512 + 64 and 256 + 32, and cuts its tiles for that.
+_FIXED_TILES: Mapping[int, int] = {576: 512, 288: 256}
 _WIDEST_PREFILL_HEAD = 256  # of FlashAttention
 
 
@@ -114,14 +116,25 @@ def _obstacle(layer: MlaLayer, window: int | None, settings: ServingSettings) ->
 
 def _width_obstacle(layer: MlaLayer) -> str | None:
     """Of vLLM's Triton decode kernel and of FlashAttention in prefill."""
+    if max(layer.qk_head_dim, layer.v_head_dim) > _WIDEST_PREFILL_HEAD:
+        return (
+            f"FlashAttention takes heads of at most {_WIDEST_PREFILL_HEAD} numbers, found {layer.qk_head_dim} for queries and "
+            f"{layer.v_head_dim} for values; convert with a smaller --rope-dim"
+        )
+    return kernel_obstacle(layer)
+
+
+def kernel_obstacle(layer: MlaLayer) -> str | None:
+    """Why the Triton decode kernel cannot compute a layer of these widths, None where it can."""
     if layer.kv_lora_rank < _LEAST_TILE or 0 < layer.qk_rope_head_dim < _LEAST_TILE:
         return (
             f"the Triton kernel takes kv_lora_rank of {_LEAST_TILE} and more and qk_rope_head_dim of 0 or {_LEAST_TILE + 1} and "
             f"more, found {layer.kv_lora_rank} and {layer.qk_rope_head_dim}; convert with --rank and --rope-dim"
         )
-    if max(layer.qk_head_dim, layer.v_head_dim) > _WIDEST_PREFILL_HEAD:
+    tile = _FIXED_TILES.get(layer.cache_width)
+    if tile is not None and not tile // 2 < layer.kv_lora_rank <= tile:
         return (
-            f"FlashAttention takes heads of at most {_WIDEST_PREFILL_HEAD} numbers, found {layer.qk_head_dim} for queries and "
-            f"{layer.v_head_dim} for values; convert with a smaller --rope-dim"
+            f"the Triton kernel takes {layer.cache_width} cached numbers for a latent of {tile // 2 + 1} to {tile}, found "
+            f"{layer.kv_lora_rank} and a rotary key of {layer.qk_rope_head_dim}; convert with another --rank"
         )
     return None
