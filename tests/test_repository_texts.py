@@ -17,7 +17,8 @@ TEXTS = {".md", ".py", ".sh", ".yml", ".yaml", ".toml", ".cff", ".cpp", ".cc", "
 SUBCOMMANDS = {"xeco-convert": ("sweep", "inspect", "export", "refresh"), "xeco-distill": ("eval", "recipes")}
 # Flags of other programs that the documents name alone.
 FOREIGN = {
-    "--attention-backend", "--enforce-eager", "--max-model-len", "--model-impl",  # vLLM
+    "--attention-backend", "--enforce-eager", "--max-model-len", "--model-impl", "--decode-context-parallel-size",  # vLLM
+    "--tensor-parallel-size", "--data-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend",
     "--trust-remote-code",  # vLLM, transformers serve
     "--model", "--model_args",  # lm-eval
     "--node-rank", "--no-build-isolation",  # torchrun, pip

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,12 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return results
 
     return run
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[dict[str, dict[str, Any]]]:
+    """What each case gave, by its name; written to the file that $XECO_ENGINES_RECORD names, for docs/serving.md."""
+    results: dict[str, dict[str, Any]] = {}
+    yield results
+    if os.environ.get("XECO_ENGINES_RECORD") and results:
+        Path(os.environ["XECO_ENGINES_RECORD"]).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

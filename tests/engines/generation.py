@@ -39,8 +39,9 @@ def own_generation(folder: Path, prompts: list[list[int]], max_tokens: int) -> l
     return results
 
 
-def assert_same_generation(expected: list[dict[str, Any]], found: dict[str, Any]) -> None:
-    """Equal greedy tokens, and log-probabilities within the bound at every step."""
+def assert_same_generation(expected: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
+    """Equal greedy tokens, and log-probabilities within the bound at every step; returns how many tokens, and the largest
+    difference of log-probabilities."""
     assert "error" not in found, found["error"]
     assert len(found["requests"]) == len(expected)
     worst = 0.0
@@ -51,4 +52,4 @@ def assert_same_generation(expected: list[dict[str, Any]], found: dict[str, Any]
             assert len(shared) >= 4
             worst = max(worst, *(abs(mine[token] - other[token]) for token in shared))
     assert worst < LOGPROB_BOUND
-    print(f"largest difference of log-probabilities {worst:.1e}")
+    return {"tokens": sum(len(ours["ids"]) for ours in expected), "logprob_difference": worst}

@@ -54,9 +54,11 @@ def served(run_vllm: Run, folders: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_greedy_tokens_are_those_of_the_converted_model(
-    name: str, served: dict[str, Any], folders: dict[str, Path]
+    name: str, served: dict[str, Any], folders: dict[str, Path], record: dict[str, dict[str, Any]]
 ) -> None:
-    assert_same_generation(own_generation(folders[name], PROMPTS, MAX_TOKENS), served[name])
+    model_type = VARIANTS[CASES[name][0]]["model_type"]
+    same = assert_same_generation(own_generation(folders[name], PROMPTS, MAX_TOKENS), served[name])
+    record[name] = {"model_type": model_type, **same}
 
 
 @pytest.mark.parametrize("name", REFUSED)

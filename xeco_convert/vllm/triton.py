@@ -51,6 +51,17 @@ class AnyWidthBackend(TritonMLABackend):
 class AnyWidthPrefill(FlashAttnPrefillBackend):
     """FlashAttention over expanded keys and values, padded with zeros to a width that it takes: the result is the same."""
 
+    def __init__(self, *, vllm_config: Any, **named: Any) -> None:
+        kernels = vllm_config.kernel_config
+        warm_up, kernels.enable_jit_warmup = (
+            kernels.enable_jit_warmup,
+            False,
+        )  # it would ask config.json for one kv_lora_rank
+        try:
+            super().__init__(vllm_config=vllm_config, **named)
+        finally:
+            kernels.enable_jit_warmup = warm_up
+
     def _flash_attn_varlen_diff_headdims(
         self,
         q: Tensor,
