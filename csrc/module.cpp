@@ -1,7 +1,6 @@
 // The Python module xeco_convert._C: facts about this build, and the level of the CPU kernels. Its import registers the
 // kernels of the ops that xeco_convert/ops/ defines.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "python_module.h"
 
 #include <map>
 #include <string>

@@ -1,6 +1,6 @@
 // The Python module xeco_convert._device: facts about the device library. Its import registers the GPU kernels of the
 // ops that xeco_convert/ops/ defines; it is imported only where torch has that backend.
-#include <pybind11/pybind11.h>
+#include "python_module.h"
 
 PYBIND11_MODULE(_device, m) {
   m.doc() = "GPU kernels of xeco-convert: facts about this build.";
