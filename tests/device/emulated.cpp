@@ -79,7 +79,7 @@ int64_t emulated_barriers(int64_t launch) { return gpu::machine::num_barriers(st
 
 // Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage.
 int64_t stages_of_block(int64_t fixed, int64_t each, const Limits* limits) {
-  return gpu::stages_that_fit(stream_of(*limits), [&](int stages) { return fixed + stages * each; });
+  return gpu::stages_that_fit(stream_of(*limits), 2, [&](int stages) { return fixed + stages * each; });
 }
 
 int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rope, const View* c_kv, const View* k_rope,

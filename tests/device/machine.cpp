@@ -47,7 +47,7 @@ constexpr int kUntilItWaits = 1 << 30;
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
 };
 
 struct Fiber {
@@ -146,7 +146,12 @@ void wait_until_it_changes(const uint64_t& number) {
 }
 
 void finish(std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+  for (const Copy& copy : copies) {
+    if (copy.from != nullptr)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
 }
 
 void check_fence() {
@@ -263,10 +268,10 @@ void check_shared_16(const void* address) {
   if (begin < shared() || begin + 16 > shared() + shared_size) fail("16 bytes miss the shared memory");
 }
 
-void copy_later(void* to, const void* from) {
+void copy_later(void* to, const void* from, bool there) {
   check_shared_16(to);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes is not aligned");
-  fibers[static_cast<size_t>(current)].open.push_back({to, from});
+  fibers[static_cast<size_t>(current)].open.push_back({to, there ? from : nullptr});
 }
 
 void commit() {

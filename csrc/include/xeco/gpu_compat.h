@@ -9,7 +9,7 @@
 //   sync_block(), sync_warp()
 //   shuffle_xor(value, mask)                 value of the lane whose number differs by mask
 //   kCopiesAreAsynchronous                   whether these run beside other work:
-//   copy_async_16(to, from), commit_copies(), wait_copies(pending)
+//   copy_async_16(to, from, there), commit_copies(), wait_copies(pending)
 //                                            16 bytes from global to shared memory, in groups, the last `pending` left
 //                                            open
 //   exp2(x), log2(x)                         the processor's own, about 2 ulp

@@ -22,7 +22,7 @@ template <class Element_, int kRank_, int kOwned_, int kStreamed_, int kWarps_>
 struct BackwardTile : WarpGrid<kOwned_, kStreamed_, kWarps_> {
   using Element = Element_;
   using Grid = WarpGrid<kOwned_, kStreamed_, kWarps_>;
-  static constexpr int kOwned = kOwned_, kStreamed = kStreamed_;
+  static constexpr int kOwned = kOwned_, kStreamed = kStreamed_, kMaxRank = kRank_;
   static constexpr int kOutTiles =
       ((kRank_ + static_cast<int>(kMaxRope)) / kTile + Grid::kColumnWarps - 1) / Grid::kColumnWarps;
 
@@ -81,13 +81,13 @@ XECO_DEVICE void score_tiles(Accumulator (&scores)[Tile::kScoreTiles], Accumulat
                              int d_streamed_stride, int rank_tiles) {
   using Element = typename Tile::Element;
   const int row_warp = warp_index() % Tile::kRowWarps, column_warp = warp_index() / Tile::kRowWarps;
-#pragma unroll
-  for (int t = 0; t < Tile::kScoreTiles; ++t) clear(scores[t]), clear(d_scores[t]);
-  multiply_rows<Element>(scores, owned + row_warp * kTile * stride, stride, streamed + column_warp * kTile * stride,
-                         stride, Tile::kColumnWarps * kTile * stride, tiles);
-  multiply_rows<Element>(d_scores, d_owned + row_warp * kTile * d_owned_stride, d_owned_stride,
-                         d_streamed + column_warp * kTile * d_streamed_stride, d_streamed_stride,
-                         Tile::kColumnWarps * kTile * d_streamed_stride, rank_tiles);
+  constexpr int kMaxRank = Tile::kMaxRank;
+  multiply_rows<Element, kMaxRank>(scores, owned + row_warp * kTile * stride, stride,
+                                   streamed + column_warp * kTile * stride, stride, Tile::kColumnWarps * kTile * stride,
+                                   tiles);
+  multiply_rows<Element, kMaxRank>(d_scores, d_owned + row_warp * kTile * d_owned_stride, d_owned_stride,
+                                   d_streamed + column_warp * kTile * d_streamed_stride, d_streamed_stride,
+                                   Tile::kColumnWarps * kTile * d_streamed_stride, rank_tiles);
 }
 
 template <class Tile>
@@ -169,7 +169,7 @@ XECO_DEVICE void each_pair(const Accumulator (&out)[Tile::kOutTiles], const Body
 
 // d_q_latent and d_q_rope. Grid: B × row blocks, the last first.
 template <class Tile>
-XECO_KERNEL(Tile::kThreads)
+XECO_KERNEL(Tile::kThreads, 1)
 query_gradient_kernel(const BackwardParams params, int stages) {
   const AttentionShape& shape = params.shape;
   const int heads = static_cast<int>(shape.num_heads), end = static_cast<int>(shape.num_queries) * heads;
@@ -184,12 +184,8 @@ query_gradient_kernel(const BackwardParams params, int stages) {
   uint16_t* d_out = queries + Tile::kOwned * stride;
   uint16_t* tiles = d_out + Tile::kOwned * d_stride;
   uint16_t* weights = tiles + stages * Tile::kStreamed * stride;
-  QueryTiles(params.q_latent, shape.rank, batch, heads, stride)
-      .load(queries, first_row, Tile::kOwned, end, Tile::kThreads);
-  QueryTiles(params.q_rope, shape.rope, batch, heads, stride)
-      .load(queries + padded(shape.rank), first_row, Tile::kOwned, end, Tile::kThreads);
-  QueryTiles(params.d_out, shape.rank, batch, heads, d_stride)
-      .load(d_out, first_row, Tile::kOwned, end, Tile::kThreads);
+  QueryTiles(shape, params.q_latent, params.q_rope, params.d_out, batch)
+      .load<true, Tile::kMaxRank, Tile::kOwned, Tile::kThreads>(queries, d_out, first_row, end);
 
   const int lane = lane_index(), row_warp = warp_index() % Tile::kRowWarps,
             column_warp = warp_index() / Tile::kRowWarps;
@@ -203,29 +199,30 @@ query_gradient_kernel(const BackwardParams params, int stages) {
   const TokenTiles tokens(shape, params.c_kv, params.k_rope, batch);
   const ScoreRule rule = score_rule(shape);
   const auto stage_of = [&](int number) { return tiles + number % stages * Tile::kStreamed * stride; };
-  run_pipeline(
-      (seen.high - seen.low + Tile::kStreamed - 1) / Tile::kStreamed, stages,
-      [&](int number) {
-        tokens.load(stage_of(number), seen.low + number * Tile::kStreamed, Tile::kStreamed, seen, Tile::kThreads);
-      },
-      [&](int number) {
-        const int first_token = seen.low + number * Tile::kStreamed;
-        if (has_share<Tile>()) {
-          Accumulator scores[Tile::kScoreTiles], d_scores[Tile::kScoreTiles];
-          score_tiles<Tile>(scores, d_scores, queries, stage_of(number), stride, all_tiles, d_out, d_stride,
-                            stage_of(number), stride, rank_tiles);
+  run_pipeline((seen.high - seen.low + Tile::kStreamed - 1) / Tile::kStreamed, stages,
+               [&](int number) {
+                 tokens.load<Tile::kMaxRank, Tile::kStreamed, Tile::kThreads>(
+                     stage_of(number), seen.low + number * Tile::kStreamed, seen);
+               },
+               [&](int number) {
+                 const int first_token = seen.low + number * Tile::kStreamed;
+                 if (has_share<Tile>()) {
+                   Accumulator scores[Tile::kScoreTiles], d_scores[Tile::kScoreTiles];
+                   score_tiles<Tile>(scores, d_scores, queries, stage_of(number), stride, all_tiles, d_out, d_stride,
+                                     stage_of(number), stride, rank_tiles);
 #pragma unroll
-          for (int t = 0; t < Tile::kScoreTiles; ++t)
+                   for (int t = 0; t < Tile::kScoreTiles; ++t)
 #pragma unroll
-            for (int e = 0; e < Layout::kFloats; ++e)
-              differentiate(scores[t].values[e], d_scores[t].values[e], rule, shape.softmax_scale,
-                            facts[Layout::slot(e)],
-                            first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e));
-          store_weights<Tile>(weights, d_scores);
-        }
-        sync_weights<Tile>();
-        add_columns<Tile>(out, weights, stage_of(number), stride, all_tiles);
-      });
+                     for (int e = 0; e < Layout::kFloats; ++e)
+                       differentiate(
+                           scores[t].values[e], d_scores[t].values[e], rule, shape.softmax_scale,
+                           facts[Layout::slot(e)],
+                           first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e));
+                   store_weights<Tile>(weights, d_scores);
+                 }
+                 sync_weights<Tile>();
+                 add_columns<Tile>(out, weights, stage_of(number), stride, all_tiles);
+               });
 
   const int rank = static_cast<int>(shape.rank), rope = static_cast<int>(shape.rope), padded_rank = padded(shape.rank);
   each_pair<Tile>(out, [&](int row, int column, float first, float second) {
@@ -253,7 +250,7 @@ XECO_DEVICE Seen rows_that_see(const AttentionShape& shape, const Sequence& sequ
 
 // d_c_kv and d_k_rope. Grid: B × token blocks × num_groups.
 template <class Tile>
-XECO_KERNEL(Tile::kThreads)
+XECO_KERNEL(Tile::kThreads, 1)
 token_gradient_kernel(const BackwardParams params, const TokenGradients to, int stages) {
   const AttentionShape& shape = params.shape;
   const int heads = static_cast<int>(shape.num_heads), num_tokens = static_cast<int>(shape.num_tokens);
@@ -272,7 +269,8 @@ token_gradient_kernel(const BackwardParams params, const TokenGradients to, int 
   uint16_t* d_scores_memory = tiles + stages * Tile::kStreamed * (stride + d_stride);
   uint16_t* weights = d_scores_memory + Tile::kOwned * Tile::kWeightStride;
   RowFacts* facts = reinterpret_cast<RowFacts*>(weights + Tile::kOwned * Tile::kWeightStride);
-  TokenTiles(shape, params.c_kv, params.k_rope, batch).load(owned, first_token, Tile::kOwned, seen, Tile::kThreads);
+  TokenTiles(shape, params.c_kv, params.k_rope, batch)
+      .load<Tile::kMaxRank, Tile::kOwned, Tile::kThreads>(owned, first_token, seen);
 
   const int lane = lane_index(), row_warp = warp_index() % Tile::kRowWarps,
             column_warp = warp_index() / Tile::kRowWarps;
@@ -280,45 +278,41 @@ token_gradient_kernel(const BackwardParams params, const TokenGradients to, int 
 #pragma unroll
   for (int j = 0; j < Tile::kOutTiles; ++j) clear(out[j]);
   const ScoreRule rule = score_rule(shape);
-  const QueryTiles latent(params.q_latent, shape.rank, batch, heads, stride);
-  const QueryTiles rotary(params.q_rope, shape.rope, batch, heads, stride);
-  const QueryTiles d_out(params.d_out, shape.rank, batch, heads, d_stride);
+  const QueryTiles query_tiles(shape, params.q_latent, params.q_rope, params.d_out, batch);
   // Group g has the tiles g, g + groups, ...
   const int num_tiles = (rows.high - rows.low + Tile::kStreamed - 1) / Tile::kStreamed;
   const auto queries_of = [&](int number) { return tiles + number % stages * Tile::kStreamed * (stride + d_stride); };
   const auto facts_of = [&](int number) { return facts + number % stages * Tile::kStreamed; };
-  run_pipeline(
-      (num_tiles - group + groups - 1) / groups, stages,
-      [&](int number) {
-        const int first = rows.low + (group + number * groups) * Tile::kStreamed;
-        latent.load(queries_of(number), first, Tile::kStreamed, rows.high, Tile::kThreads);
-        rotary.load(queries_of(number) + padded(shape.rank), first, Tile::kStreamed, rows.high, Tile::kThreads);
-        d_out.load(queries_of(number) + Tile::kStreamed * stride, first, Tile::kStreamed, rows.high, Tile::kThreads);
-        for (int row = thread_index(); row < Tile::kStreamed; row += Tile::kThreads)
-          facts_of(number)[row] = row_facts(params, sequence, batch, first + row, rows.high);
-      },
-      [&](int number) {
-        const uint16_t *queries = queries_of(number), *d_rows = queries + Tile::kStreamed * stride;
-        if (has_share<Tile>()) {
-          Accumulator scores[Tile::kScoreTiles], d_scores[Tile::kScoreTiles];
-          score_tiles<Tile>(scores, d_scores, owned, queries, stride, all_tiles, owned, stride, d_rows, d_stride,
-                            rank_tiles);
+  run_pipeline((num_tiles - group + groups - 1) / groups, stages,
+               [&](int number) {
+                 const int first = rows.low + (group + number * groups) * Tile::kStreamed;
+                 query_tiles.load<true, Tile::kMaxRank, Tile::kStreamed, Tile::kThreads>(
+                     queries_of(number), queries_of(number) + Tile::kStreamed * stride, first, rows.high);
+                 for (int row = thread_index(); row < Tile::kStreamed; row += Tile::kThreads)
+                   facts_of(number)[row] = row_facts(params, sequence, batch, first + row, rows.high);
+               },
+               [&](int number) {
+                 const uint16_t *queries = queries_of(number), *d_rows = queries + Tile::kStreamed * stride;
+                 if (has_share<Tile>()) {
+                   Accumulator scores[Tile::kScoreTiles], d_scores[Tile::kScoreTiles];
+                   score_tiles<Tile>(scores, d_scores, owned, queries, stride, all_tiles, owned, stride, d_rows,
+                                     d_stride, rank_tiles);
 #pragma unroll
-          for (int t = 0; t < Tile::kScoreTiles; ++t)
+                   for (int t = 0; t < Tile::kScoreTiles; ++t)
 #pragma unroll
-            for (int e = 0; e < Layout::kFloats; ++e) {
-              const int column = (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
-              differentiate(scores[t].values[e], d_scores[t].values[e], rule, shape.softmax_scale,
-                            facts_of(number)[column],
-                            first_token + row_warp * kTile + Layout::row(lane, Layout::slot(e)));
-            }
-          store_weights<Tile>(d_scores_memory, d_scores);
-          store_weights<Tile>(weights, scores);
-        }
-        sync_weights<Tile>();
-        add_columns<Tile>(out, d_scores_memory, queries, stride, all_tiles);
-        add_columns<Tile>(out, weights, d_rows, d_stride, rank_tiles);
-      });
+                     for (int e = 0; e < Layout::kFloats; ++e) {
+                       const int column = (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
+                       differentiate(scores[t].values[e], d_scores[t].values[e], rule, shape.softmax_scale,
+                                     facts_of(number)[column],
+                                     first_token + row_warp * kTile + Layout::row(lane, Layout::slot(e)));
+                     }
+                   store_weights<Tile>(d_scores_memory, d_scores);
+                   store_weights<Tile>(weights, scores);
+                 }
+                 sync_weights<Tile>();
+                 add_columns<Tile>(out, d_scores_memory, queries, stride, all_tiles);
+                 add_columns<Tile>(out, weights, d_rows, d_stride, rank_tiles);
+               });
 
   const int rank = static_cast<int>(shape.rank), rope = static_cast<int>(shape.rope), padded_rank = padded(shape.rank);
   const int width = padded_rank + padded(shape.rope);
@@ -342,7 +336,7 @@ token_gradient_kernel(const BackwardParams params, const TokenGradients to, int 
 constexpr int kSumThreads = 128;
 
 template <class Element>
-XECO_KERNEL(kSumThreads)
+XECO_KERNEL(kSumThreads, 1)
 sum_groups_kernel(const BackwardParams params, const TokenGradients to) {
   const AttentionShape& shape = params.shape;
   const int64_t batch = block_index() / shape.num_tokens, token = block_index() % shape.num_tokens;
@@ -367,7 +361,7 @@ sum_groups_kernel(const BackwardParams params, const TokenGradients to) {
 constexpr int kDeltaThreads = 256;
 
 template <class Element>
-XECO_KERNEL(kDeltaThreads)
+XECO_KERNEL(kDeltaThreads, 1)
 delta_kernel(const BackwardParams params, const void* out, const float* d_lse, float* delta) {
   const AttentionShape& shape = params.shape;
   const int64_t row = block_index() * (kDeltaThreads / kLanes) + warp_index(),

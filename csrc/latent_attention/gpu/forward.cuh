@@ -11,11 +11,12 @@
 
 namespace xeco::gpu {
 
-template <class Element_, int kRank_, int kRows_, int kTokens_, int kWarps_>
+// kBlocks: that a multiprocessor has registers for.
+template <class Element_, int kRank_, int kRows_, int kTokens_, int kWarps_, int kBlocks_>
 struct ForwardTile : WarpGrid<kRows_, kTokens_, kWarps_> {
   using Element = Element_;
   using Grid = WarpGrid<kRows_, kTokens_, kWarps_>;
-  static constexpr int kRows = kRows_, kTokens = kTokens_;
+  static constexpr int kMaxRank = kRank_, kRows = kRows_, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kOutTiles = max(1, kRank_ / kTile / Grid::kColumnWarps);
 
   XECO_LAYOUT static int64_t shared_bytes(int stride, int stages) {
@@ -60,22 +61,24 @@ XECO_DEVICE void mask_scores(Accumulator (&scores)[Tile::kScoreTiles], const Row
                              const ScoreRule& rule, bool all, int first_token, int column_warp,
                              float (&largest)[Layout::kRowsOfLane]) {
   const int lane = lane_index();
+  const auto for_each_score = [&](const auto& body) {
+#pragma unroll
+    for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < Layout::kFloats; ++e) body(scores[t].values[e], t, e);
+  };
+  for_each_score([&](float& score, int, int) { score *= rule.scale; });
+  // one branch around each pass, not one for each number
+  if (rule.softcap > 0.0f) for_each_score([&](float& score, int, int) { score = tanh(score) * rule.softcap; });
+  if (!all)
+    for_each_score([&](float& score, int t, int e) {
+      const Seen& seen = state.seen[Layout::slot(e)];
+      const int token = first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
+      if (token < seen.low || token >= seen.high) score = negative_infinity();
+    });
 #pragma unroll
   for (int s = 0; s < Layout::kRowsOfLane; ++s) largest[s] = negative_infinity();
-#pragma unroll
-  for (int t = 0; t < Tile::kScoreTiles; ++t)
-#pragma unroll
-    for (int e = 0; e < Layout::kFloats; ++e) {
-      const int slot = Layout::slot(e);
-      float score = scores[t].values[e] * rule.scale;
-      if (rule.softcap > 0.0f) score = tanh(score) * rule.softcap;
-      if (!all) {
-        const int token = first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
-        if (token < state.seen[slot].low || token >= state.seen[slot].high) score = negative_infinity();
-      }
-      scores[t].values[e] = score;
-      largest[slot] = fmax(largest[slot], score);
-    }
+  for_each_score([&](float& score, int, int e) { largest[Layout::slot(e)] = fmax(largest[Layout::slot(e)], score); });
 #pragma unroll
   for (int s = 0; s < Layout::kRowsOfLane; ++s)
     largest[s] = reduce_row(largest[s], [](float a, float b) { return fmax(a, b); });
@@ -140,13 +143,12 @@ XECO_DEVICE void attend_tile(const AttentionShape& shape, const uint16_t* querie
   const int stride = row_stride(shape), rank_tiles = padded(shape.rank) / kTile;
   Accumulator scores[Tile::kScoreTiles];
   float largest[Layout::kRowsOfLane], factor[Layout::kRowsOfLane];
-#pragma unroll
-  for (int t = 0; t < Tile::kScoreTiles; ++t) clear(scores[t]);
   // Where a tile has fewer than kColumnWarps times 16 tokens, the last warps have no share in S.
   const bool has_share = Tile::kTokens >= Tile::kColumnWarps * kTile || column_warp * kTile < Tile::kTokens;
   if (has_share) {
-    multiply_rows<Element>(scores, queries + row_warp * kTile * stride, stride, rows + column_warp * kTile * stride,
-                           stride, Tile::kColumnWarps * kTile * stride, rank_tiles + padded(shape.rope) / kTile);
+    multiply_rows<Element, Tile::kMaxRank>(
+        scores, queries + row_warp * kTile * stride, stride, rows + column_warp * kTile * stride, stride,
+        Tile::kColumnWarps * kTile * stride, rank_tiles + padded(shape.rope) / kTile);
     mask_scores<Tile>(scores, state, score_rule(shape), all, first_token, column_warp, largest);
   } else {
 #pragma unroll
@@ -224,7 +226,7 @@ XECO_DEVICE void write_rows(const ForwardParams& params, const Parts& parts, con
 
 // Grid: B × row blocks × num_splits, the last row blocks of a sequence first, since they see the most tokens.
 template <class Tile>
-XECO_KERNEL(Tile::kThreads)
+XECO_KERNEL(Tile::kThreads, Tile::kBlocks)
 forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const AttentionShape& shape = params.shape;
   const int splits = static_cast<int>(params.num_splits), rows = static_cast<int>(shape.num_queries * shape.num_heads);
@@ -242,14 +244,12 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const TokenTiles tokens(shape, params.c_kv, params.k_rope, batch);
   const int num_tiles = (work.seen.high - work.seen.low + Tile::kTokens - 1) / Tile::kTokens;
   const auto load_tile = [&](int number) {
-    tokens.load(tiles + number % stages * Tile::kTokens * stride, work.seen.low + number * Tile::kTokens, Tile::kTokens,
-                work.seen, Tile::kThreads);
+    tokens.load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(tiles + number % stages * Tile::kTokens * stride,
+                                                               work.seen.low + number * Tile::kTokens, work.seen);
   };
   const int end = work.first_row + work.num_rows;
-  QueryTiles(params.q_latent, shape.rank, batch, shape.num_heads, stride)
-      .load(queries, work.first_row, Tile::kRows, end, Tile::kThreads);
-  QueryTiles(params.q_rope, shape.rope, batch, shape.num_heads, stride)
-      .load(queries + padded(shape.rank), work.first_row, Tile::kRows, end, Tile::kThreads);
+  QueryTiles(shape, params.q_latent, params.q_rope, params.q_latent, batch)
+      .load<false, Tile::kMaxRank, Tile::kRows, Tile::kThreads>(queries, nullptr, work.first_row, end);
   for (int number = 0; number < stages - 1; ++number) {
     if (number < num_tiles) load_tile(number);
     commit_copies();
@@ -302,35 +302,60 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   write_rows<Tile>(params, parts, work, state, out);
 }
 
-// Adds up the parts of each query row in their order. A block of kCombineThreads for each row; grid: B × Q·H.
-constexpr int kCombineThreads = 128;
+// Adds up the parts of each query row, in an order that depends on the shape alone. A block of kCombineThreads for each
+// row, whose threads divide pairs of columns among them and, where there are fewer pairs than threads, the parts as
+// well. Shared memory: a weight for each part, then two sums of each thread. Grid: B × Q·H.
+constexpr int kCombineThreads = 256;
+static_assert(2 * kCombineThreads >= kMaxRank, "a thread for each pair of columns");
+
+XECO_LAYOUT int64_t combine_shared_bytes(int64_t splits) { return (splits + 2 * kCombineThreads) * 4; }
 
 template <class Element>
-XECO_KERNEL(kCombineThreads)
+XECO_KERNEL(kCombineThreads, 1)
 combine_kernel(const ForwardParams params, const Parts parts) {
   const AttentionShape& shape = params.shape;
-  const int64_t row = block_index(), rows = shape.num_queries * shape.num_heads, splits = params.num_splits;
+  const int64_t row = block_index(), rows = shape.num_queries * shape.num_heads;
+  const int splits = static_cast<int>(params.num_splits);
   const int rank = static_cast<int>(shape.rank), heads = static_cast<int>(shape.num_heads);
   const float* states = parts.states + row * splits * 2;
   const float* sums = parts.sums + row * splits * rank;
-  float most = negative_infinity();
-  for (int64_t i = 0; i < splits; ++i) most = fmax(most, states[2 * i]);
+  float* weights = reinterpret_cast<float*>(shared_memory());
+  float* board = weights + splits;
+  // m and l of all parts: every warp finds them by itself
+  float most = negative_infinity(), total = 0.0f;
+  for (int i = lane_index(); i < splits; i += kLanes) most = fmax(most, states[2 * i]);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) most = fmax(most, shuffle_xor(most, mask));
   const float reference = most == negative_infinity() ? 0.0f : most;
-  float total = 0.0f;
-  for (int64_t i = 0; i < splits; ++i) total += states[2 * i + 1] * exp2(states[2 * i] - reference);
+  for (int i = lane_index(); i < splits; i += kLanes) total += states[2 * i + 1] * exp2(states[2 * i] - reference);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
   const bool nothing = total == 0.0f;
   const float share = nothing ? 0.0f : 1.0f / total;
-  for (int column = 2 * thread_index(); column < rank; column += 2 * kCombineThreads) {
-    float first = 0.0f, second = 0.0f;
-    for (int64_t i = 0; i < splits; ++i) {
-      if (states[2 * i + 1] == 0.0f) continue;
-      const float weight = exp2(states[2 * i] - reference) * share;
-      first += sums[i * rank + column] * weight;
-      if (column + 1 < rank) second += sums[i * rank + column + 1] * weight;
+  // a part that saw nothing has left no sums behind
+  for (int i = thread_index(); i < splits; i += kCombineThreads)
+    weights[i] = states[2 * i + 1] == 0.0f ? 0.0f : exp2(states[2 * i] - reference) * share;
+  sync_block();
+  const int pairs = (rank + 1) / 2, groups = kCombineThreads / pairs, mine = thread_index();
+  float first = 0.0f, second = 0.0f;
+  if (mine < pairs * groups) {
+    const int column = mine % pairs * 2;
+    const bool whole = column + 1 < rank;
+#pragma unroll 8
+    for (int i = mine / pairs; i < splits; i += groups) {  // loads that do not wait for one another
+      const float weight = weights[i], *from = sums + i * rank + column;
+      first += weight == 0.0f ? 0.0f : from[0] * weight;
+      second += weight == 0.0f || !whole ? 0.0f : from[1] * weight;
     }
-    write_pair<Element>(static_cast<uint16_t*>(params.out) + row * rank, column, rank, first, second);
+    board[2 * mine] = first, board[2 * mine + 1] = second;
   }
-  if (thread_index() != 0) return;
+  sync_block();
+  if (mine < pairs) {
+    for (int group = 1; group < groups; ++group) {
+      const float* more = board + 2 * (group * pairs + mine);
+      first += more[0], second += more[1];
+    }
+    write_pair<Element>(static_cast<uint16_t*>(params.out) + row * rank, 2 * mine, rank, first, second);
+  }
+  if (mine != 0) return;
   const int64_t batch = row / rows, number = row % rows;
   params.lse[(batch * heads + number % heads) * shape.num_queries + number / heads] =
       nothing ? negative_infinity() : (most + log2(total)) * kLn2;

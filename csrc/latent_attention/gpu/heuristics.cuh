@@ -21,32 +21,39 @@ struct ForwardShape {
   int rows;            // query rows of a block
   int tokens;          // of a tile
   int warps;           // of a block
+  int blocks;          // that a multiprocessor has registers for
+  int stages;          // 2: taken where all its blocks have room in two stages; 1: where one block has room in one
 };
 
+// NVIDIA: on an H100, blocks of 8 warps were faster than of 4 wherever 17 to 32 query rows decode, by 1.2 to 1.5 times;
+// with 64 rows they were slower.
 constexpr ForwardShape kForwardShapes[] = {
 #if defined(XECO_MATRIX_IS_MFMA)
-    {64, 33, 64, 64, 4},   // a wave for each 16 rows: S stays in its registers
-    {64, 17, 32, 64, 4},   // fewer rows than 64 would leave waves without any: two share 16 rows
-    {64, 1, 16, 64, 4},    // decode of few heads: the waves divide 64 tokens among them
-    {128, 33, 64, 32, 4},  // 50 KB; 64 tokens would take 66
-    {128, 17, 32, 64, 4},  // 54 KB
-    {128, 1, 16, 64, 4},   // 44 KB
-    {256, 17, 32, 32, 4},  // 52 KB; 64 rows would take 74
-    {256, 1, 16, 32, 4},   // 38 KB; 64 tokens would take all of 64
-    {512, 1, 16, 32, 4},   // 62 KB; 32 rows would take 84
+    {64, 33, 64, 64, 4, 2, 1},   // a wave for each 16 rows: S stays in its registers
+    {64, 17, 32, 64, 4, 2, 1},   // fewer rows than 64 would leave waves without any: two share 16 rows
+    {64, 1, 16, 64, 4, 2, 1},    // decode of few heads: the waves divide 64 tokens among them
+    {128, 33, 64, 32, 4, 2, 1},  // 50 KB; 64 tokens would take 66
+    {128, 17, 32, 64, 4, 2, 1},  // 54 KB
+    {128, 1, 16, 64, 4, 2, 1},   // 44 KB
+    {256, 17, 32, 32, 4, 2, 1},  // 52 KB; 64 rows would take 74
+    {256, 1, 16, 32, 4, 2, 1},   // 38 KB; 64 tokens would take all of 64
+    {512, 1, 16, 32, 4, 2, 1},   // 62 KB; 32 rows would take 84
 #else
-    {64, 33, 64, 64, 4},   // a warp for each 16 rows: S stays in its registers
-    {64, 17, 32, 64, 4},   // fewer rows than 64 would leave warps without any: two share 16 rows
-    {64, 1, 16, 64, 4},    // decode of few heads: the warps divide 64 tokens among them
-    {128, 33, 64, 64, 4},  // 64 sums; 99 KB in two stages
-    {128, 17, 32, 64, 4},  // 32 sums
-    {128, 1, 16, 64, 4},   // 16 sums
-    {256, 33, 64, 64, 8},  // 64 sums; 4 warps would have 128, beside 32 numbers of S
-    {256, 17, 32, 64, 4},  // 64 sums
-    {256, 1, 16, 64, 4},   // 32 sums
-    {512, 33, 64, 32, 8},  // 127 KB, 168 in two stages; 64 tokens would take 172 in one
-    {512, 17, 32, 32, 8},  // 64 sums; 4 warps would have 128
-    {512, 1, 16, 32, 4},   // 103 KB in two stages; 64 tokens would take 185
+    {64, 33, 64, 64, 4, 2, 1},    // a warp for each 16 rows: S stays in its registers
+    {64, 17, 32, 128, 8, 2, 2},   // four warps share 16 rows and divide 128 tokens among them
+    {64, 17, 32, 64, 4, 2, 1},    // two warps and 64 tokens
+    {64, 1, 16, 64, 4, 2, 1},     // decode of few heads: four warps divide 64 tokens
+    {128, 33, 64, 64, 4, 2, 1},   // 64 sums; 99 KB in two stages
+    {128, 17, 32, 128, 8, 2, 2},  // 16 sums; 104 KB in two stages at P 32, of which sm_90 has room for two blocks
+    {128, 17, 32, 64, 8, 2, 1},   // the same with 64 tokens: 68 KB in two stages at P 64
+    {128, 1, 16, 64, 4, 2, 1},    // 16 sums
+    {256, 33, 64, 64, 8, 1, 1},   // 64 sums; 4 warps would have 128, beside 32 numbers of S
+    {256, 17, 32, 64, 8, 2, 1},   // 32 sums; 113 KB in two stages at P 64: two blocks have room
+    {256, 1, 16, 64, 4, 2, 1},    // 32 sums
+    {512, 33, 64, 32, 8, 1, 1},   // 127 KB, 168 in two stages; 64 tokens would take 172 in one
+    {512, 17, 32, 64, 8, 1, 2},   // 64 sums; 192 KB in two stages at P 64
+    {512, 17, 32, 32, 8, 1, 1},   // where a block has less: 135 KB in two stages
+    {512, 1, 16, 32, 4, 2, 1},    // 103 KB in two stages; 64 tokens would take 185
 #endif
 };
 
@@ -81,19 +88,28 @@ constexpr size_t kNumBackwardShapes = sizeof(kBackwardShapes) / sizeof(kBackward
 static_assert(kForwardShapes[kNumForwardShapes - 1].max_rank == kMaxRank, "every R has a tile");
 static_assert(kBackwardShapes[kNumBackwardShapes - 1].max_rank == kMaxRank, "every R has a tile");
 
+constexpr int64_t kReservedBytes = 1024;  // that CUDA keeps for itself in the shared memory of each block
+
+// Blocks with `bytes` of shared memory that a multiprocessor holds at once, of `most` that it has registers for.
+inline int64_t resident_blocks(const Stream& stream, int64_t bytes, int64_t most) {
+  return max<int64_t>(1, min(most, stream.shared_bytes_per_sm / (bytes + kReservedBytes)));
+}
+
 // Calls body(Tile{}) with the tile of a forward call: the first that serves it and fits, or the last of its R.
 template <class Element, size_t kIndex = 0, class Body>
-void with_forward_tile(const ForwardParams& params, const Stream& stream, const Body& body) {
+void with_forward_tile(const AttentionShape& shape, const Stream& stream, const Body& body) {
   constexpr ForwardShape kShape = kForwardShapes[kIndex];
-  using Tile = ForwardTile<Element, kShape.max_rank, kShape.rows, kShape.tokens, kShape.warps>;
-  const AttentionShape& shape = params.shape;
+  using Tile = ForwardTile<Element, kShape.max_rank, kShape.rows, kShape.tokens, kShape.warps, kShape.blocks>;
   if constexpr (kShape.min_query_rows == 1) {
     if (shape.rank <= kShape.max_rank) return body(Tile{});
   } else {
     const bool serves = shape.rank <= kShape.max_rank && shape.num_queries * shape.num_heads >= kShape.min_query_rows;
-    if (serves && Tile::shared_bytes(row_stride(shape), 1) <= stream.max_shared_bytes) return body(Tile{});
+    const int64_t bytes = Tile::shared_bytes(row_stride(shape), kShape.stages);
+    const bool fits = bytes <= stream.max_shared_bytes &&
+                      (kShape.stages == 1 || resident_blocks(stream, bytes, kShape.blocks) == kShape.blocks);
+    if (serves && fits) return body(Tile{});
   }
-  if constexpr (kIndex + 1 < kNumForwardShapes) with_forward_tile<Element, kIndex + 1>(params, stream, body);
+  if constexpr (kIndex + 1 < kNumForwardShapes) with_forward_tile<Element, kIndex + 1>(shape, stream, body);
 }
 
 // Whether no later shape serves the same R and gradient.
@@ -123,16 +139,15 @@ void with_backward_tile(const AttentionShape& shape, const Stream& stream, const
     with_backward_tile<Element, kOfTokens, kIndex + 1>(shape, stream, body);
 }
 
-// As many stages as fit: two if a block can have them, and more where that keeps no second block off the
-// multiprocessor: while two blocks fit, or where two do not fit anyhow.
+// As many stages as fit: two if a block can have them, and more where that keeps no other of the `blocks` that
+// registers allow off the multiprocessor.
 template <class Bytes>
-int stages_that_fit(const Stream& stream, const Bytes& bytes) {
+int stages_that_fit(const Stream& stream, int blocks, const Bytes& bytes) {
   int stages = 1;
   if constexpr (kCopiesAreAsynchronous) {
     if (bytes(2) <= stream.max_shared_bytes) stages = 2;
-    constexpr int64_t kReserved = 1024;  // that CUDA keeps for itself in each block
-    const int64_t half = stream.shared_bytes_per_sm / 2 - kReserved;
-    const int64_t room = bytes(stages) <= half ? min(stream.max_shared_bytes, half) : stream.max_shared_bytes;
+    const int64_t resident = resident_blocks(stream, bytes(stages), blocks);
+    const int64_t room = min(stream.max_shared_bytes, stream.shared_bytes_per_sm / resident - kReservedBytes);
     while (stages < 4 && bytes(stages + 1) <= room) ++stages;
   } else {
     static_cast<void>(bytes);  // copies pass through registers: a second stage hides nothing

@@ -13,6 +13,14 @@ struct Parts {
   float* states = nullptr;
 };
 
+// The blocks of a forward call: query rows of each, and how many of them a multiprocessor holds at once.
+struct ForwardBlocks {
+  int64_t rows = 1, resident = 1;
+};
+
+// The same for both dtypes.
+ForwardBlocks forward_blocks(const AttentionShape& shape, const Stream& stream);
+
 // backward: where the query rows are divided into groups, params.d_rows takes float32 sums of each.
 void forward_bfloat16(const ForwardParams& params, const Parts& parts, const Stream& stream);
 void forward_float16(const ForwardParams& params, const Parts& parts, const Stream& stream);

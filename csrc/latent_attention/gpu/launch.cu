@@ -37,14 +37,15 @@ struct Gpu {
 
   static void check_values(const char*, const AttentionShape&) {}  // the kernels do
 
-  // Parts that give every multiprocessor two blocks, none shorter than 256 tokens. Shapes alone decide, since lengths
+  // As many parts as fill the multiprocessors once, none shorter than 256 tokens. Shapes alone decide, since lengths
   // are on the device; the number of multiprocessors too, so results are the same on every run of one kind of device.
   int64_t num_splits(const AttentionShape& shape) const {
-    constexpr int64_t kLeastTokens = 256, kRowsOfBlock = 64;
+    constexpr int64_t kLeastTokens = 256;
+    const gpu::ForwardBlocks fit = gpu::forward_blocks(shape, stream.get());
     const int64_t rows = shape.num_queries * shape.num_heads;
-    const int64_t blocks = std::max<int64_t>(1, shape.batch * divided_up(rows, kRowsOfBlock));
-    return std::clamp<int64_t>(2 * stream.get().num_sms / blocks, 1,
-                               std::max<int64_t>(1, shape.num_tokens / kLeastTokens));
+    const int64_t blocks = std::max<int64_t>(1, shape.batch * divided_up(rows, fit.rows));
+    return std::clamp<int64_t>(fit.resident * stream.get().num_sms / blocks, 1,
+                               std::clamp<int64_t>(shape.num_tokens / kLeastTokens, 1, kMaxSplits));
   }
 
   // Enough groups of query rows to give every multiprocessor two blocks of the token gradient; their float32 sums take

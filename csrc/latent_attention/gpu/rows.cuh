@@ -104,8 +104,8 @@ XECO_DEVICE float tanh(float x) {
 
 XECO_DEVICE float negative_infinity() { return -__builtin_inff(); }
 
-// One row to shared memory, by the kCopyLanes threads that share it. `from` null: zeros. Rows that lie on 16 bytes
-// everywhere are copied asynchronously.
+// Rows to shared memory, each by kCopyLanes threads that share it. Rows that lie on 16 bytes everywhere are copied
+// asynchronously, by as few instructions as can be: every thread has copies to make for every tile.
 constexpr int kCopyLanes = 8;
 
 struct RowCopy {
@@ -127,98 +127,192 @@ XECO_DEVICE RowCopy row_copy(const HeadsView& view, int64_t width) {
   return {static_cast<int>(width), padded(width), aligned};
 }
 
-XECO_DEVICE void copy_row(uint16_t* to, const uint16_t* from, const RowCopy& copy) {
-  for (int at = thread_index() % kCopyLanes * 8; at < copy.padded_width; at += kCopyLanes * 8) {
-    if (copy.aligned && from != nullptr && at < copy.width) {
-      copy_async_16(to + at, from + at);
+// Where this thread's part of a row begins, in elements.
+XECO_DEVICE int first_copied() { return thread_index() % kCopyLanes * 8; }
+
+// One row of at most kMaxWidth; zeros where it is not `there`, and behind its width. Both pointers are at
+// first_copied().
+template <bool kAligned, int kMaxWidth>
+XECO_DEVICE void copy_row(uint16_t* to, const uint16_t* from, bool there, const RowCopy& copy) {
+  constexpr int kStep = kCopyLanes * 8;
+  const int lane = first_copied();
+#pragma unroll
+  for (int at = 0; at < kMaxWidth; at += kStep) {
+    if (lane + at >= copy.padded_width) continue;
+    if constexpr (kAligned) {
+      copy_async_16(to + at, from + at, there && lane + at < copy.width);
     } else {
-      uint32_t words[4];
+      const int left = there ? copy.width - lane - at : 0;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int first = at + 2 * w;
-        const uint32_t low = from != nullptr && first < copy.width ? from[first] : 0;
-        const uint32_t high = from != nullptr && first + 1 < copy.width ? from[first + 1] : 0;
-        words[w] = low | high << 16;
+      for (int i = 0; i < 8; i += 2) {
+        const uint32_t low = i < left ? from[at + i] : 0, high = i + 1 < left ? from[at + i + 1] : 0;
+        *reinterpret_cast<uint32_t*>(to + at + i) = low | high << 16;
       }
-#pragma unroll
-      for (int w = 0; w < 4; ++w) reinterpret_cast<uint32_t*>(to + at)[w] = words[w];
     }
   }
 }
 
-// Cached tokens [first, first + count) to shared memory; those outside [low, high) become zeros and are not read.
+// Calls body(row) for the rows of kCount that this thread copies a part of.
+template <int kCount, int kThreads, class Body>
+XECO_DEVICE void for_each_row(const Body& body) {
+#pragma unroll 2
+  for (int i = 0; i < (kCount * kCopyLanes + kThreads - 1) / kThreads; ++i) {
+    const int row = thread_index() / kCopyLanes + i * (kThreads / kCopyLanes);
+    if (kCount * kCopyLanes % kThreads == 0 || row < kCount) body(row);
+  }
+}
+
+// Cached tokens of a sequence.
 struct TokenTiles {
   const AttentionShape& shape;
-  const RowsView &c_kv, &k_rope;
+  const RowsView &c_kv, &k_rope;  // strides are read where they are used: registers are scarce
   RowCopy latent, rotary;
-  int64_t batch;
+  const uint16_t *latents, *keys;  // of the sequence, or of all pages; at first_copied()
+  const int32_t* pages;            // of the sequence
+  int page_shift;                  // pages of 2^page_shift tokens; -1: of another number
   int stride;
 
-  XECO_DEVICE TokenTiles(const AttentionShape& shape_, const RowsView& c_kv_, const RowsView& k_rope_, int64_t batch_)
+  XECO_DEVICE TokenTiles(const AttentionShape& shape_, const RowsView& c_kv_, const RowsView& k_rope_, int64_t batch)
       : shape(shape_),
         c_kv(c_kv_),
         k_rope(k_rope_),
         latent(row_copy(c_kv_, shape_.rank)),
         rotary(row_copy(k_rope_, shape_.rope)),
-        batch(batch_),
-        stride(row_stride(shape_)) {}
-
-  XECO_DEVICE void load(uint16_t* to, int first, int count, const Seen& seen, int num_threads) const {
-    for (int row = thread_index() / kCopyLanes; row < count; row += num_threads / kCopyLanes) {
-      const int token = first + row;
-      const uint16_t *latents = nullptr, *keys = nullptr;
-      if (token >= seen.low && token < seen.high) {
-        int64_t outer = batch, inner = token;
-        if (shape.block_table != nullptr) {
-          const int page_size = static_cast<int>(shape.page_size), page = token / page_size;
-          outer = shape.block_table[batch * shape.block_table_stride + page];
-          inner = token - page * page_size;
-          if (outer < 0 || outer >= shape.num_pages) trap();
-        }
-        latents = static_cast<const uint16_t*>(c_kv.data) + outer * c_kv.outer_stride + inner * c_kv.row_stride;
-        keys = static_cast<const uint16_t*>(k_rope.data) + outer * k_rope.outer_stride + inner * k_rope.row_stride;
-      }
-      copy_row(to + row * stride, latents, latent);
-      copy_row(to + row * stride + latent.padded_width, keys, rotary);
+        latents(static_cast<const uint16_t*>(c_kv_.data) + first_copied()),
+        keys(static_cast<const uint16_t*>(k_rope_.data) + first_copied()),
+        pages(nullptr),
+        page_shift(0),
+        stride(row_stride(shape_)) {
+    if (shape.block_table == nullptr) {
+      latents += batch * c_kv.outer_stride, keys += batch * k_rope.outer_stride;
+      return;
     }
+    pages = shape.block_table + batch * shape.block_table_stride;
+    while (page_shift < 31 && int64_t{1} << page_shift < shape.page_size) ++page_shift;
+    if (int64_t{1} << page_shift != shape.page_size) page_shift = -1;
+  }
+
+  // kCount of them from `first` on; those outside [low, high) become zeros and are not read.
+  template <int kMaxRank, int kCount, int kThreads>
+  XECO_DEVICE void load(uint16_t* to, int first, const Seen& seen) const {
+    if (latent.aligned && rotary.aligned)
+      load_rows<true, kMaxRank, kCount, kThreads>(to, first, seen);
+    else
+      load_rows<false, kMaxRank, kCount, kThreads>(to, first, seen);
+  }
+
+ private:
+  template <bool kAligned, int kMaxRank, int kCount, int kThreads>
+  XECO_DEVICE void load_rows(uint16_t* to, int first, const Seen& seen) const {
+    to += first_copied();
+    for_each_row<kCount, kThreads>([&](int row) {
+      const int token = first + row;
+      const bool there = token >= seen.low && token < seen.high;
+      const uint16_t *of_latent = latents, *of_key = keys;
+      int64_t inner = token;
+      if (pages != nullptr && there) {
+        const int page_size = static_cast<int>(shape.page_size);
+        const int page = page_shift >= 0 ? token >> page_shift : token / page_size, outer = pages[page];
+        if (outer < 0 || outer >= shape.num_pages) trap();
+        inner = token - page * page_size;
+        of_latent += outer * c_kv.outer_stride, of_key += outer * k_rope.outer_stride;
+      }
+      if (!there) inner = 0;  // the address of what is not read
+      copy_row<kAligned, kMaxRank>(to + row * stride, of_latent + inner * c_kv.row_stride, there, latent);
+      copy_row<kAligned, static_cast<int>(kMaxRope)>(to + row * stride + latent.padded_width,
+                                                     of_key + inner * k_rope.row_stride, there, rotary);
+    });
   }
 };
 
-// Rows [first, first + count) of queries or of their gradients; those at or behind `end` become zeros.
+// Query rows of a sequence, and the gradients of their outputs where those are asked for.
 struct QueryTiles {
-  const HeadsView& view;
-  RowCopy copy;
+  const HeadsView &latent_view, &rotary_view, &gradient_view;
+  RowCopy latent, rotary, gradient;
   int64_t batch;
   int num_heads, stride;
 
-  XECO_DEVICE QueryTiles(const HeadsView& view_, int64_t width, int64_t batch_, int64_t num_heads_, int stride_)
-      : view(view_),
-        copy(row_copy(view_, width)),
+  XECO_DEVICE QueryTiles(const AttentionShape& shape, const HeadsView& q_latent, const HeadsView& q_rope,
+                         const HeadsView& d_out, int64_t batch_)
+      : latent_view(q_latent),
+        rotary_view(q_rope),
+        gradient_view(d_out),
+        latent(row_copy(q_latent, shape.rank)),
+        rotary(row_copy(q_rope, shape.rope)),
+        gradient(row_copy(d_out, shape.rank)),
         batch(batch_),
-        num_heads(static_cast<int>(num_heads_)),
-        stride(stride_) {}
+        num_heads(static_cast<int>(shape.num_heads)),
+        stride(row_stride(shape)) {}
 
-  XECO_DEVICE void load(uint16_t* to, int first, int count, int end, int num_threads) const {
-    for (int row = thread_index() / kCopyLanes; row < count; row += num_threads / kCopyLanes) {
-      const int number = first + row, query = number / num_heads, head = number - query * num_heads;
-      const uint16_t* from = number < end ? static_cast<const uint16_t*>(view.data) + batch * view.batch_stride +
-                                                query * view.query_stride + head * view.head_stride
-                                          : nullptr;
-      copy_row(to + row * stride, from, copy);
-    }
+  // kCount rows from `first` on; those at or behind `end` become zeros. Where kGradients, those of the outputs to
+  // d_out.
+  template <bool kGradients, int kMaxRank, int kCount, int kThreads>
+  XECO_DEVICE void load(uint16_t* to, uint16_t* d_out, int first, int end) const {
+    if (latent.aligned && rotary.aligned && (!kGradients || gradient.aligned))
+      load_rows<true, kGradients, kMaxRank, kCount, kThreads>(to, d_out, first, end);
+    else
+      load_rows<false, kGradients, kMaxRank, kCount, kThreads>(to, d_out, first, end);
+  }
+
+ private:
+  template <bool kAligned, bool kGradients, int kMaxRank, int kCount, int kThreads>
+  XECO_DEVICE void load_rows(uint16_t* to, uint16_t* d_out, int first, int end) const {
+    to += first_copied();
+    if constexpr (kGradients) d_out += first_copied();
+    for_each_row<kCount, kThreads>([&](int row) {
+      const bool there = first + row < end;
+      const int number = there ? first + row : 0, query = number / num_heads, head = number - query * num_heads;
+      const auto from = [&](const HeadsView& view) {
+        return static_cast<const uint16_t*>(view.data) + first_copied() + batch * view.batch_stride +
+               query * view.query_stride + head * view.head_stride;
+      };
+      copy_row<kAligned, kMaxRank>(to + row * stride, from(latent_view), there, latent);
+      copy_row<kAligned, static_cast<int>(kMaxRope)>(to + row * stride + latent.padded_width, from(rotary_view), there,
+                                                     rotary);
+      if constexpr (kGradients)
+        copy_row<kAligned, kMaxRank>(d_out + row * (latent.padded_width + kRowPadding), from(gradient_view), there,
+                                     gradient);
+    });
   }
 };
 
-// sums[t] += left · right_tᵀ over the features [0, 16·depth): left is 16 rows, right_t the 16 rows at right + t·step.
+// sums[t] += left · right_tᵀ over the features [16·first, 16·last): left is 16 rows, right_t the 16 rows at right +
+// t·step.
 template <class Element, int kCount>
-XECO_DEVICE void multiply_rows(Accumulator (&sums)[kCount], const uint16_t* left, int left_stride,
-                               const uint16_t* right, int right_stride, int step, int depth) {
+XECO_DEVICE void multiply_chain(Accumulator (&sums)[kCount], const uint16_t* left, int left_stride,
+                                const uint16_t* right, int right_stride, int step, int first, int last) {
 #pragma unroll 2
-  for (int k = 0; k < depth; ++k) {
+  for (int k = first; k < last; ++k) {
     const Operand rows = load_rows(left + k * kTile, left_stride);
 #pragma unroll
     for (int t = 0; t < kCount; ++t)
       multiply<Element>(sums[t], rows, load_rows(right + t * step + k * kTile, right_stride));
+  }
+}
+
+// sums[t] = left · right_tᵀ over the features [0, 16·depth) of rows whose latents have at most kMaxRank. Tensor cores
+// cut off what they add where an adder rounds it, so long sums are taken in parts: at R 512 an H100 was off by 3.5
+// times what roundings predict, at R 256 by less than twice.
+template <class Element, int kMaxRank, int kCount>
+XECO_DEVICE void multiply_rows(Accumulator (&sums)[kCount], const uint16_t* left, int left_stride,
+                               const uint16_t* right, int right_stride, int step, int depth) {
+  constexpr int kChain = 8;
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) clear(sums[t]);
+  multiply_chain<Element>(sums, left, left_stride, right, right_stride, step, 0,
+                          kMaxRank > 256 ? min(depth, kChain) : depth);
+  if constexpr (kMaxRank > 256) {
+#pragma unroll 1
+    for (int first = kChain; first < depth; first += kChain) {
+      Accumulator part[kCount];
+#pragma unroll
+      for (int t = 0; t < kCount; ++t) clear(part[t]);
+      multiply_chain<Element>(part, left, left_stride, right, right_stride, step, first, min(depth, first + kChain));
+#pragma unroll
+      for (int t = 0; t < kCount; ++t)
+#pragma unroll
+        for (int e = 0; e < Layout::kFloats; ++e) sums[t].values[e] += part[t].values[e];
+    }
   }
 }
 

@@ -6,20 +6,35 @@
 
 namespace xeco::gpu {
 
+constexpr int kBackwardBlocks = 2;
+
+template <class Element>
+ForwardBlocks blocks_of_forward(const AttentionShape& shape, const Stream& stream) {
+  ForwardBlocks blocks;
+  with_forward_tile<Element>(shape, stream, [&](auto tile) {
+    using Tile = decltype(tile);
+    const auto bytes = [&](int stages) { return Tile::shared_bytes(row_stride(shape), stages); };
+    blocks.rows = Tile::kRows;
+    blocks.resident = resident_blocks(stream, bytes(stages_that_fit(stream, Tile::kBlocks, bytes)), Tile::kBlocks);
+  });
+  return blocks;
+}
+
 template <class Element>
 void run_forward(const ForwardParams& params, const Parts& parts, const Stream& stream) {
   const AttentionShape& shape = params.shape;
   const int64_t rows = shape.num_queries * shape.num_heads;
-  with_forward_tile<Element>(params, stream, [&](auto tile) {
+  with_forward_tile<Element>(shape, stream, [&](auto tile) {
     using Tile = decltype(tile);
     const auto bytes = [&](int stages) { return Tile::shared_bytes(row_stride(shape), stages); };
-    const int stages = stages_that_fit(stream, bytes);
+    const int stages = stages_that_fit(stream, Tile::kBlocks, bytes);
     const int64_t blocks = (rows + Tile::kRows - 1) / Tile::kRows;
     launch(stream, &forward_kernel<Tile>, shape.batch * blocks * params.num_splits, Tile::kThreads, bytes(stages),
            params, parts, stages);
   });
   if (parts.sums != nullptr)
-    launch(stream, &combine_kernel<Element>, shape.batch * rows, kCombineThreads, 0, params, parts);
+    launch(stream, &combine_kernel<Element>, shape.batch * rows, kCombineThreads,
+           combine_shared_bytes(params.num_splits), params, parts);
 }
 
 template <class Tile>
@@ -28,7 +43,7 @@ void run_query_gradient(const BackwardParams& params, const Stream& stream) {
   const auto bytes = [&](int stages) {
     return Tile::query_shared_bytes(row_stride(shape), gradient_stride(shape), stages);
   };
-  const int stages = stages_that_fit(stream, bytes);
+  const int stages = stages_that_fit(stream, kBackwardBlocks, bytes);
   const int64_t blocks = (shape.num_queries * shape.num_heads + Tile::kOwned - 1) / Tile::kOwned;
   launch(stream, &query_gradient_kernel<Tile>, shape.batch * blocks, Tile::kThreads, bytes(stages), params, stages);
 }
@@ -39,7 +54,7 @@ void run_token_gradient(const BackwardParams& params, const TokenGradients& to, 
   const auto bytes = [&](int stages) {
     return Tile::token_shared_bytes(row_stride(shape), gradient_stride(shape), stages);
   };
-  const int stages = stages_that_fit(stream, bytes);
+  const int stages = stages_that_fit(stream, kBackwardBlocks, bytes);
   const int64_t blocks = (shape.num_tokens + Tile::kOwned - 1) / Tile::kOwned;
   launch(stream, &token_gradient_kernel<Tile>, shape.batch * blocks * params.num_groups, Tile::kThreads, bytes(stages),
          params, to, stages);

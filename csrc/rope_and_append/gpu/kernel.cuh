@@ -50,7 +50,7 @@ constexpr int kAppendThreads = 64;
 
 // Grid: B × Q. Half-split pairs (RoFormer, arXiv 2104.09864), in float32, rounded once.
 template <class Element, class Angle>
-XECO_KERNEL(kAppendThreads)
+XECO_KERNEL(kAppendThreads, 1)
 rope_and_append_kernel(const AppendParams params) {
   using Storage = typename Element::Storage;
   const int64_t batch = block_index() / params.num_queries, query = block_index() % params.num_queries;

@@ -13,7 +13,7 @@
 
 #define XECO_DEVICE __device__ inline __attribute__((always_inline))
 #define XECO_LAYOUT __host__ __device__ constexpr
-#define XECO_KERNEL(threads) __global__ void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
+#define XECO_KERNEL(threads, blocks) __global__ void __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 #define XECO_MATRIX_IS_MFMA
 
 namespace xeco::gpu {
@@ -48,9 +48,9 @@ XECO_DEVICE float shuffle_xor(float value, int mask) {
 }
 
 // Through registers: gfx90a and gfx942 copy at most 4 bytes a lane straight into the LDS. Done when it returns.
-XECO_DEVICE void copy_async_16(void* to, const void* from) {
+XECO_DEVICE void copy_async_16(void* to, const void* from, bool there) {
   typedef int Int4 __attribute__((ext_vector_type(4)));
-  *static_cast<Int4*>(to) = *static_cast<const Int4*>(from);
+  *static_cast<Int4*>(to) = there ? *static_cast<const Int4*>(from) : Int4{0, 0, 0, 0};
 }
 
 XECO_DEVICE void commit_copies() {}

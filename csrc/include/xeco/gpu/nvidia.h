@@ -5,8 +5,8 @@
 
 #define XECO_DEVICE __device__ __forceinline__
 #define XECO_LAYOUT __host__ __device__ constexpr
-// At least one block on a multiprocessor: up to 255 registers for each of up to 256 threads.
-#define XECO_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` of a kernel have room on a multiprocessor by their registers: 65536 for all threads, 255 for each at most.
+#define XECO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace xeco::gpu {
 
@@ -30,9 +30,11 @@ XECO_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// .cg: past the L1 cache, since the rows of a tile are used from shared memory alone.
-XECO_DEVICE void copy_async_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// 16 bytes, or as many zeros where they are not `there`: then nothing is read. .cg: past the L1 cache, since the rows
+// of a tile are used from shared memory alone.
+XECO_DEVICE void copy_async_16(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 }
 
 XECO_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

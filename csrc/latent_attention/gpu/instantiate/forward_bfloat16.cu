@@ -8,4 +8,8 @@ void forward_bfloat16(const ForwardParams& params, const Parts& parts, const Str
   run_forward<BFloat16>(params, parts, stream);
 }
 
+ForwardBlocks forward_blocks(const AttentionShape& shape, const Stream& stream) {
+  return blocks_of_forward<BFloat16>(shape, stream);
+}
+
 }  // namespace xeco::gpu
