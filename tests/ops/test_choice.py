@@ -46,14 +46,15 @@ def test_operations_are_counted_matrix_by_matrix(queries: int, tokens: int, has_
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("widths", [WIDE, SLIM])
 @pytest.mark.parametrize("can_fuse", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("queries", "tokens"), SIZES)
 def test_the_fewest_operations_are_chosen(
-    queries: int, tokens: int, can_fuse: bool, widths: dict[str, Any], training: bool
+    queries: int, tokens: int, device: str, can_fuse: bool, widths: dict[str, Any], training: bool
 ) -> None:
     obstacle = None if can_fuse else "no kernel"
-    given = call(queries, tokens, **widths, kernel_obstacle=obstacle, needs_gradients=training)
+    given = call(queries, tokens, **widths, kernel_obstacle=obstacle, needs_gradients=training, device_type=device)
     counts = counted_operations(given)
-    speed = choice.FUSED_TRAINING_SPEED if training else choice.FUSED_SPEED
+    speed = (choice.FUSED_TRAINING_SPEED if training else choice.FUSED_SPEED)[device]
     latents = counts["fused"] / speed if can_fuse else counts["absorbed"]
     name = "fused" if can_fuse else "absorbed"
     expected = name if queries == 1 or latents <= counts["expanded"] else "expanded"

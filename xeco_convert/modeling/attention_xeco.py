@@ -274,6 +274,7 @@ class LatentSelfAttention(nn.Module):
         return AttentionCall(
             num_queries=num_queries,
             num_tokens=num_tokens,
+            device_type=device_type,
             kv_lora_rank=self.kv_lora_rank,
             qk_nope_head_dim=self.qk_nope_head_dim,
             qk_rope_head_dim=self.qk_rope_head_dim,
@@ -309,12 +310,12 @@ class LatentSelfAttention(nn.Module):
         The bias of the un-rotated keys is left out: it adds the same to every score of a query, which softmax ignores.
         """
         w_uk = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))[:, : self.qk_nope_head_dim]
-        return torch.einsum("bqhn,hnr->bqhr", q_nope, w_uk)
+        return _by_head(q_nope, w_uk)
 
     def _from_latents(self, out_BQHR: Tensor) -> Tensor:
         """What heads read from the latents to their outputs [B, Q, H, V]."""
         w_uv = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))[:, self.qk_nope_head_dim :]
-        values = torch.einsum("bqhr,hvr->bqhv", out_BQHR, w_uv)
+        values = _by_head(out_BQHR, w_uv.transpose(1, 2))
         if self.kv_b_proj.bias is not None:
             values = values + self.kv_b_proj.bias.unflatten(0, (self.num_heads, -1))[:, self.qk_nope_head_dim :]
         return values
@@ -365,6 +366,13 @@ def _foreign_weight(linear: nn.Module) -> str | None:
     if type(linear.weight) in (nn.Parameter, Tensor):
         return None
     return f"has a weight of its own type ({type(linear.weight).__name__}: quantised, sharded)"  # torchao's, for one
+
+
+def _by_head(rows_BQHM: Tensor, maps_HMN: Tensor) -> Tensor:
+    """The rows of each head times its map [B, Q, H, N]. As einsum, which takes the host longer than a GPU takes the product."""
+    batch, num_queries = rows_BQHM.shape[:2]
+    mapped_HXN = torch.bmm(rows_BQHM.flatten(0, 1).transpose(0, 1), maps_HMN)
+    return mapped_HXN.transpose(0, 1).unflatten(0, (batch, num_queries))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

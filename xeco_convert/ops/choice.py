@@ -20,11 +20,12 @@ Implementation = Literal["fused", "absorbed", "expanded", "reference"]
 
 # What XECO_ATTENTION may name; sdpa leaves the choice between absorbed and expanded.
 NAMES = ("reference", "fused", "sdpa")
-# Operations per second relative to scaled_dot_product_attention, from the ratios of `bench_attention.py cases`: 2.0 (float32,
-# Zen 4) to 6.3 (bfloat16, Zen 5) in the forward pass, 1.9 to 4.2 in training. About the least of them is taken: rather one
-# call too few for the kernels than one too many.
-FUSED_SPEED = 2.0
-FUSED_TRAINING_SPEED = 2.0
+# Operations per second of the kernels relative to scaled_dot_product_attention on the same device. CPU: from the ratios of
+# `bench_attention.py cases`, 2.0 (float32, Zen 4) to 6.3 (bfloat16, Zen 5) in the forward pass, 1.9 to 4.2 in training. GPU:
+# from `bench_gpu_attention.py` on an H100, where flash attention has tensor-core instructions that the kernels do not use.
+# About the least of them is taken: rather one call too few for the kernels than one too many.
+FUSED_SPEED = {"cpu": 2.0, "cuda": 0.5}
+FUSED_TRAINING_SPEED = {"cpu": 2.0, "cuda": 0.27}
 MAX_RANK, MAX_ROPE = 512, 128  # of the compiled kernels, as csrc/latent_attention/params.h has them
 
 
@@ -38,12 +39,13 @@ class AttentionCall:
 
     kernel_obstacle says in words why no compiled kernel serves the device and dtype, mask_obstacle why the mask is no range
     of tokens for each sequence, weight_obstacle why latents must be expanded through kv_b_proj; None where there is nothing in
-    the way. soft_capped: scores are bounded. has_mask: a mask tensor is given, which scaled_dot_product_attention works
+    the way. device_type: "cpu" or "cuda". soft_capped: scores are bounded. has_mask: a mask tensor is given, which scaled_dot_product_attention works
     through element by element.
     """
 
     num_queries: int
     num_tokens: int
+    device_type: str = "cpu"
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -144,4 +146,4 @@ def _fewest_operations(call: AttentionCall, may_fuse: bool) -> Choice:
 
 
 def _fused_speed(call: AttentionCall) -> float:
-    return FUSED_TRAINING_SPEED if call.needs_gradients else FUSED_SPEED
+    return (FUSED_TRAINING_SPEED if call.needs_gradients else FUSED_SPEED)[call.device_type]

@@ -16,9 +16,9 @@ __all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "unasked
 def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the kernels are not taken unless XECO_ATTENTION asks for them, in words; None where they are."""
     obstacle: str | None = kernel_obstacle(device_type, dtype)
-    if obstacle is None and device_type == "cuda":
-        # Emulated GPUs have run them, no real one: nobody shall be the first without knowing.
-        return "the GPU kernels have not run on a GPU yet: XECO_ATTENTION=fused takes them"
+    if obstacle is None and device_type == "cuda" and torch.version.hip is not None:
+        # An emulated AMD GPU has run them, no real one: nobody shall be the first without knowing.
+        return "the kernels have not run on an AMD GPU yet: XECO_ATTENTION=fused takes them"
     return obstacle
 
 
