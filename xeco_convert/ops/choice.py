@@ -37,10 +37,10 @@ class AttentionChoiceError(ValueError):
 class AttentionCall:
     """One attention call of one layer, as far as the choice depends on it.
 
-    kernel_obstacle says in words why no compiled kernel serves the device and dtype, mask_obstacle why the mask is no range
-    of tokens for each sequence, weight_obstacle why latents must be expanded through kv_b_proj; None where there is nothing in
-    the way. device_type: "cpu" or "cuda". soft_capped: scores are bounded. has_mask: a mask tensor is given, which scaled_dot_product_attention works
-    through element by element.
+    device_type: "cpu" or "cuda". kernel_obstacle says in words why no compiled kernel serves the device and dtype,
+    mask_obstacle why the mask is no range of tokens for each sequence, weight_obstacle why latents must be expanded through
+    kv_b_proj; None where there is nothing in the way. soft_capped: scores are bounded. has_mask: a mask tensor is given, which
+    scaled_dot_product_attention works through element by element.
     """
 
     num_queries: int
