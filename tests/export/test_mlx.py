@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_prompts import PROMPTS
 from test_deepseek_v3 import convert
 from test_engines import greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,13 +21,6 @@ from xeco_convert.export import ExportOptions, export_checkpoint
 from xeco_convert.export.engines import ENGINES
 
 _SCRIPT = Path(__file__).with_name("mlx_greedy.py")
-_PROMPTS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "Tom and his dog went to the park to play with a big red ball.",
-    "The old man looked at the sea and",
-    "One day, a small bird fell from the tree. It was",
-    '"Can I have a cookie?" asked Ben. His mom',
-)
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +59,8 @@ def test_a_trained_model_writes_the_same_hundred_tokens(
     )
     folder = export(converted, tmp_path / "stock")
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    rows = [tokenizer(prompt)["input_ids"] for prompt in _PROMPTS]
-    assert rows == [AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"] for prompt in _PROMPTS]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert rows == [AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"] for prompt in PROMPTS]
     result = run(mlx_python, folder, rows, 100, tmp_path)
     assert result["cached"] == 88 + 40  # latents, not expanded keys and values
     ours = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
