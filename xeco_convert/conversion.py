@@ -133,7 +133,7 @@ class _Conversion:
                 writer.flush()
                 report = dataclasses.replace(report, path_error=check_path_to_logits(self._plan, writer.folder))
             self._write_report(writer, report)
-        return report
+        return dataclasses.replace(report, timings=maker.timings())
 
     def _layer_progress(self, what: str, share: float) -> None:
         self._on_progress(what, (1 - _COPY_SHARE) * share)

@@ -14,6 +14,7 @@ from xeco_convert.errors import OptionError
 from xeco_convert.ranks.policy import RankPolicy, WidthSurvey
 from xeco_convert.registry import Registry
 from xeco_convert.settings import flag_of, option_fields, options_of
+from xeco_convert.stopwatch import Timings
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,10 @@ class LayerMaker(WidthSurvey, Protocol):
 
     def summary(self) -> dict[str, Any]:
         """Figures of the whole conversion for the report, as JSON types; after the last layer."""
+        ...
+
+    def timings(self) -> Timings:
+        """How long its parts took; empty where it does not say."""
         ...
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from xeco_convert.stopwatch import Timings
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
@@ -33,7 +35,8 @@ class ConversionReport:
     largest difference of logits, relative to their standard deviation, once the converted layers put out what the source's do
     (--verify): everything but their attention.
 
-    Seconds and memory are left out of the file in OUT, which is the same for the same input."""
+    `timings`: seconds and CPU seconds by part, where the initialisation says them. These, seconds and memory are left out of the
+    file in OUT, which is the same for the same input."""
 
     source: str
     output: str
@@ -48,6 +51,7 @@ class ConversionReport:
     summary: dict[str, Any] = field(default_factory=dict)
     path_error: float | None = None
     seconds: float = 0.0
+    timings: Timings = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     @property
@@ -76,7 +80,7 @@ class ConversionReport:
 
     def reproducible(self) -> dict[str, Any]:
         """What is the same for the same input: without paths, time and memory."""
-        ephemeral = ("seconds", "peak_memory_bytes", "output", "source")
+        ephemeral = ("seconds", "timings", "peak_memory_bytes", "output", "source")
         return {key: value for key, value in self.to_dict().items() if key not in ephemeral}
 
     def with_checks(self, checks: dict[int, tuple[float, float]]) -> ConversionReport:

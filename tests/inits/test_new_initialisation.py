@@ -26,6 +26,7 @@ from xeco_convert.ranks import Widths
 from xeco_convert.settings import option
 from xeco_convert.source import SourceModel
 from xeco_convert.source_attention import read_attention
+from xeco_convert.stopwatch import Timings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ class NoiseLayers:
 
     def summary(self) -> dict[str, Any]:
         return {"noise": self._noise}
+
+    def timings(self) -> Timings:
+        return {}
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,9 @@ def show_report(report: ConversionReport) -> None:
         )
     change = report.parameters_after / report.parameters_before - 1
     click.echo(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({change:+.1%})")
+    if report.timings:
+        parts = (f"{name} {times['seconds']:.0f}" for name, times in report.timings.items())
+        click.echo(f"seconds: {', '.join(parts)}")
     click.echo(
         f"{report.output}: written in {report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
     )

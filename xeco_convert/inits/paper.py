@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xeco_convert.errors import OptionError
 from xeco_convert.initialisation import INITIALISATIONS, ConvertedLayer, Initialisation, LayerMaker, Progress
 from xeco_convert.settings import flag_of, option, require, require_at_most
+from xeco_convert.stopwatch import Timings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,4 +124,8 @@ class _PaperLayers:
 
     def summary(self) -> dict[str, Any]:
         """Nothing beyond the layers: this initialisation sees no text."""
+        return {}
+
+    def timings(self) -> Timings:
+        """It has one part."""
         return {}

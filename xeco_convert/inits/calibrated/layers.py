@@ -34,6 +34,7 @@ from xeco_convert.quality import Fidelity
 from xeco_convert.quality.fidelity import stream_fidelity
 from xeco_convert.ranks import Widths
 from xeco_convert.refine import LayerRefinement, RefineOptions
+from xeco_convert.stopwatch import Stopwatch, Timings
 
 if TYPE_CHECKING:
     from xeco_convert.inits.calibrated import CalibratedInitialisation
@@ -66,14 +67,16 @@ class CalibratedLayers:
         self._on_progress = on_progress
         self._surveyed = not plan.widths_are_final
         self._done = 0.0  # share of the work that the calibration text was
+        self._watch = Stopwatch()
         on_progress("calibration text", 0.0)
         self._work = WorkFolder(settings.work_dir, plan.source.index, plan.options)
         # windows and statistics do not depend on the widths, factors do
-        self._measurements: Measurements = (
-            Measurements(settings, plan, device, self._work, self._sampling_progress)
-            if measured_by is None
-            else measured_by._measurements
-        )
+        with self._watch.part("calibration text"):
+            self._measurements: Measurements = (
+                Measurements(settings, plan, device, self._work, self._sampling_progress)
+                if measured_by is None
+                else measured_by._measurements
+            )
         self._windows = self._measurements.windows
         self._num_calibrated = self._measurements.num_calibrated
         self._fidelity: Fidelity | None = None
@@ -97,8 +100,11 @@ class CalibratedLayers:
             probe = self._probe(view, source) if self._settings.refine else None
             tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
             middle = min(offers, key=lambda offer: abs(offer.total - average))
-            survey.add(view, source, self._weighed(view, source, middle), probe, tell)
-        return survey.costs(view.outputs, self._measurements.stream.output_head())
+            layer = self._weighed(view, source, middle)
+            with self._watch.part("survey"):
+                survey.add(view, source, layer, probe, tell)
+        with self._watch.part("survey"):
+            return survey.costs(view.outputs, self._measurements.stream.output_head())
 
     def layers(self, plan: ConversionPlan) -> Iterator[ConvertedLayer]:
         """Each converted layer; the converted model's hidden states follow it."""
@@ -106,7 +112,7 @@ class CalibratedLayers:
         shapes = {item.layer: item.shape for item in plan.converted}
         first = _SURVEY_SHARE if self._surveyed else 0.0
         converted: Tensor | None = None
-        for view in self._measurements.stream.layers():
+        for view in self._watch.each("source", self._measurements.stream.layers()):
             tell = self._layer_progress("layer", view.number, first, 1.0)
             tell(0.0)
             converted = view.inputs.clone() if converted is None else converted
@@ -115,10 +121,12 @@ class CalibratedLayers:
                 layer = self._convert(view, shapes[view.number], converted, tell)
                 factors = layer.factors
                 yield layer
-            view.advance(converted, factors, plan.source.geometry.num_attention_heads)
+            with self._watch.part("converted model"):
+                view.advance(converted, factors, plan.source.geometry.num_attention_heads)
             last = view
         assert converted is not None, "a model has layers"
-        self._measure(last, converted)
+        with self._watch.part("measuring"):
+            self._measure(last, converted)
 
     def _measure(self, last: LayerView, converted: Tensor) -> None:
         """Step-0 quality on the windows that were not calibrated on, given the hidden states behind the last layer."""
@@ -142,6 +150,10 @@ class CalibratedLayers:
         }
         return summary | ({"warnings": self._measurements.warnings} if self._measurements.warnings else {})
 
+    def timings(self) -> Timings:
+        """By the parts of the work."""
+        return self._watch.timings()
+
     def _probe(self, view: LayerView, source: SourceAttention) -> Probe:
         """A short regression on the source's own hidden states, to see what refinement will make of some widths."""
         options = self._refine_options()
@@ -160,11 +172,12 @@ class CalibratedLayers:
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
         """The converted layers of the source, one after the other; the branches of `survey` move through all layers."""
         converted = {item.layer for item in self._plan.converted}
-        for view in self._measurements.stream.layers():
+        for view in self._watch.each("source", self._measurements.stream.layers()):
             tell = self._survey_progress(view, 0.0, _BRANCHES_SHARE)
             tell(0.0)
             if survey is not None:
-                survey.advance_branches(view, tell)
+                with self._watch.part("survey"):
+                    survey.advance_branches(view, tell)
             if view.number in converted:
                 yield view
 
@@ -217,10 +230,13 @@ class CalibratedLayers:
         """Closed form, refit and, where asked for, regression of one layer."""
         rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
         layer = self._weighed(view, source, Widths(kv_lora_rank=rank, qk_rope_head_dim=rope))
-        exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
-        closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
-        factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
-        closed_form_error, refitted_error = self._errors(view, source.num_attention_heads, closed_form, factors)
+        with self._watch.part("closed form"):
+            exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
+            closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
+        with self._watch.part("refit"):
+            factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
+        with self._watch.part("measuring"):
+            closed_form_error, refitted_error = self._errors(view, source.num_attention_heads, closed_form, factors)
         details: dict[str, Any] = {
             "key_weight": layer.key_weight,
             "expected_error": layer.expected_error(rank, rope),
@@ -236,7 +252,8 @@ class CalibratedLayers:
             refinement = LayerRefinement(
                 view, source.num_attention_heads, converted, self._num_calibrated, self._refine_options()
             )
-            refined = refinement.run(factors, tell)
+            with self._watch.part("refinement"):
+                refined = refinement.run(factors, tell)
             factors = refined.factors
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
         return factors, layer.errors(rank, rope), details
@@ -245,7 +262,8 @@ class CalibratedLayers:
         """The closed form of a layer, with keys weighed for these widths; what a NoPE layer does not rotate is latent."""
         if not source.rotated:
             widths = Widths(kv_lora_rank=widths.total, qk_rope_head_dim=0)
-        return weighed_layer(self._measurements, view, source, widths)
+        with self._watch.part("closed form"):
+            return weighed_layer(self._measurements, view, source, widths)
 
     @torch.no_grad()
     def _with_steady_norm(self, view: LayerView, factors: MlaAttention) -> tuple[MlaAttention, dict[str, Any]]:
