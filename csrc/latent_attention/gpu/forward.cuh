@@ -61,24 +61,33 @@ XECO_DEVICE void mask_scores(Accumulator (&scores)[Tile::kScoreTiles], const Row
                              const ScoreRule& rule, bool all, int first_token, int column_warp,
                              float (&largest)[Layout::kRowsOfLane]) {
   const int lane = lane_index();
-  const auto for_each_score = [&](const auto& body) {
+#pragma unroll
+  for (int s = 0; s < Layout::kRowsOfLane; ++s) largest[s] = negative_infinity();
+#pragma unroll
+  for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+    for (int e = 0; e < Layout::kFloats; ++e) scores[t].values[e] *= rule.scale;
+  if (rule.softcap > 0.0f) {  // one branch around each pass, not one for each number
 #pragma unroll
     for (int t = 0; t < Tile::kScoreTiles; ++t)
 #pragma unroll
-      for (int e = 0; e < Layout::kFloats; ++e) body(scores[t].values[e], t, e);
-  };
-  for_each_score([&](float& score, int, int) { score *= rule.scale; });
-  // one branch around each pass, not one for each number
-  if (rule.softcap > 0.0f) for_each_score([&](float& score, int, int) { score = tanh(score) * rule.softcap; });
-  if (!all)
-    for_each_score([&](float& score, int t, int e) {
-      const Seen& seen = state.seen[Layout::slot(e)];
-      const int token = first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
-      if (token < seen.low || token >= seen.high) score = negative_infinity();
-    });
+      for (int e = 0; e < Layout::kFloats; ++e) scores[t].values[e] = tanh(scores[t].values[e]) * rule.softcap;
+  }
+  if (!all) {
 #pragma unroll
-  for (int s = 0; s < Layout::kRowsOfLane; ++s) largest[s] = negative_infinity();
-  for_each_score([&](float& score, int, int e) { largest[Layout::slot(e)] = fmax(largest[Layout::slot(e)], score); });
+    for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < Layout::kFloats; ++e) {
+        const int slot = Layout::slot(e);
+        const int token = first_token + (column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane, e);
+        if (token < state.seen[slot].low || token >= state.seen[slot].high) scores[t].values[e] = negative_infinity();
+      }
+  }
+#pragma unroll
+  for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+    for (int e = 0; e < Layout::kFloats; ++e)
+      largest[Layout::slot(e)] = fmax(largest[Layout::slot(e)], scores[t].values[e]);
 #pragma unroll
   for (int s = 0; s < Layout::kRowsOfLane; ++s)
     largest[s] = reduce_row(largest[s], [](float a, float b) { return fmax(a, b); });
@@ -250,7 +259,10 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const int end = work.first_row + work.num_rows;
   QueryTiles(shape, params.q_latent, params.q_rope, params.q_latent, batch)
       .load<false, Tile::kMaxRank, Tile::kRows, Tile::kThreads>(queries, nullptr, work.first_row, end);
-  for (int number = 0; number < stages - 1; ++number) {
+  // Where copies pass through registers there is one stage, and one place that copies: compilers then keep it in the
+  // kernel.
+  const bool one_stage = !kCopiesAreAsynchronous || stages == 1;
+  for (int number = 0; !one_stage && number < stages - 1; ++number) {
     if (number < num_tiles) load_tile(number);
     commit_copies();
   }
@@ -271,7 +283,7 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const Seen of_last = seen_by(shape, sequence, (end - 1) / heads);
 
   for (int number = 0; number < num_tiles; ++number) {
-    if (stages == 1) {
+    if (one_stage) {
       if (number > 0) sync_block();
       load_tile(number);
       commit_copies();

@@ -152,15 +152,12 @@ XECO_DEVICE void copy_row(uint16_t* to, const uint16_t* from, bool there, const 
   }
 }
 
-// Calls body(row) for the rows of kCount that this thread copies a part of.
-template <int kCount, int kThreads, class Body>
-XECO_DEVICE void for_each_row(const Body& body) {
-#pragma unroll 2
-  for (int i = 0; i < (kCount * kCopyLanes + kThreads - 1) / kThreads; ++i) {
-    const int row = thread_index() / kCopyLanes + i * (kThreads / kCopyLanes);
-    if (kCount * kCopyLanes % kThreads == 0 || row < kCount) body(row);
-  }
-}
+// How the rows of a tile are divided among threads: thread_index() / kCopyLanes is the first of each, every kStep-th
+// follows. Written as loops where it is used: compilers for AMD put the closure of a lambda on the stack.
+template <int kCount, int kThreads>
+struct RowsOfThread {
+  static constexpr int kStep = kThreads / kCopyLanes, kTurns = (kCount + kStep - 1) / kStep;
+};
 
 // Cached tokens of a sequence.
 struct TokenTiles {
@@ -204,9 +201,12 @@ struct TokenTiles {
  private:
   template <bool kAligned, int kMaxRank, int kCount, int kThreads>
   XECO_DEVICE void load_rows(uint16_t* to, int first, const Seen& seen) const {
+    using Rows = RowsOfThread<kCount, kThreads>;
     to += first_copied();
-    for_each_row<kCount, kThreads>([&](int row) {
-      const int token = first + row;
+#pragma unroll 2
+    for (int i = 0; i < Rows::kTurns; ++i) {
+      const int row = thread_index() / kCopyLanes + i * Rows::kStep, token = first + row;
+      if (kCount % Rows::kStep != 0 && row >= kCount) break;
       const bool there = token >= seen.low && token < seen.high;
       const uint16_t *of_latent = latents, *of_key = keys;
       int64_t inner = token;
@@ -221,7 +221,7 @@ struct TokenTiles {
       copy_row<kAligned, kMaxRank>(to + row * stride, of_latent + inner * c_kv.row_stride, there, latent);
       copy_row<kAligned, static_cast<int>(kMaxRope)>(to + row * stride + latent.padded_width,
                                                      of_key + inner * k_rope.row_stride, there, rotary);
-    });
+    }
   }
 };
 
@@ -255,24 +255,29 @@ struct QueryTiles {
   }
 
  private:
+  XECO_DEVICE const uint16_t* row_of(const HeadsView& view, int query, int head) const {
+    return static_cast<const uint16_t*>(view.data) + first_copied() + batch * view.batch_stride +
+           query * view.query_stride + head * view.head_stride;
+  }
+
   template <bool kAligned, bool kGradients, int kMaxRank, int kCount, int kThreads>
   XECO_DEVICE void load_rows(uint16_t* to, uint16_t* d_out, int first, int end) const {
+    using Rows = RowsOfThread<kCount, kThreads>;
     to += first_copied();
     if constexpr (kGradients) d_out += first_copied();
-    for_each_row<kCount, kThreads>([&](int row) {
+#pragma unroll 2
+    for (int i = 0; i < Rows::kTurns; ++i) {
+      const int row = thread_index() / kCopyLanes + i * Rows::kStep;
+      if (kCount % Rows::kStep != 0 && row >= kCount) break;
       const bool there = first + row < end;
       const int number = there ? first + row : 0, query = number / num_heads, head = number - query * num_heads;
-      const auto from = [&](const HeadsView& view) {
-        return static_cast<const uint16_t*>(view.data) + first_copied() + batch * view.batch_stride +
-               query * view.query_stride + head * view.head_stride;
-      };
-      copy_row<kAligned, kMaxRank>(to + row * stride, from(latent_view), there, latent);
-      copy_row<kAligned, static_cast<int>(kMaxRope)>(to + row * stride + latent.padded_width, from(rotary_view), there,
-                                                     rotary);
+      copy_row<kAligned, kMaxRank>(to + row * stride, row_of(latent_view, query, head), there, latent);
+      copy_row<kAligned, static_cast<int>(kMaxRope)>(to + row * stride + latent.padded_width,
+                                                     row_of(rotary_view, query, head), there, rotary);
       if constexpr (kGradients)
-        copy_row<kAligned, kMaxRank>(d_out + row * (latent.padded_width + kRowPadding), from(gradient_view), there,
-                                     gradient);
-    });
+        copy_row<kAligned, kMaxRank>(d_out + row * (latent.padded_width + kRowPadding),
+                                     row_of(gradient_view, query, head), there, gradient);
+    }
   }
 };
 
