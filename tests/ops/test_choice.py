@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,16 @@ def test_a_weight_that_cannot_be_absorbed_is_expanded_through() -> None:
 def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(AttentionChoiceError, match="expected one of reference, fused, sdpa, found 'flash'"):
         choose(call(1, 1), "flash")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+@pytest.mark.parametrize(("queries", "tokens"), SIZES)
+def test_a_device_without_kernels_has_a_choice_and_an_explanation(queries: int, tokens: int, device: str) -> None:
+    given = call(
+        queries, tokens, device_type=device, kernel_obstacle=f"there are no compiled kernels for {device} tensors"
+    )
+    assert choose(given).implementation == choose(replace(given, device_type="cpu")).implementation != "fused"
+    assert "no compiled kernels" in explain(given)
 
 
 def test_the_explanation_names_choice_reason_and_counts() -> None:

@@ -37,7 +37,7 @@ class AttentionChoiceError(ValueError):
 class AttentionCall:
     """One attention call of one layer, as far as the choice depends on it.
 
-    device_type: "cpu" or "cuda". kernel_obstacle says in words why no compiled kernel serves the device and dtype,
+    device_type: as torch names it. kernel_obstacle says in words why no compiled kernel serves the device and dtype,
     mask_obstacle why the mask is no range of tokens for each sequence, weight_obstacle why latents must be expanded through
     kv_b_proj; None where there is nothing in the way. soft_capped: scores are bounded. has_mask: a mask tensor is given, which
     scaled_dot_product_attention works through element by element.
@@ -146,4 +146,5 @@ def _fewest_operations(call: AttentionCall, may_fuse: bool) -> Choice:
 
 
 def _fused_speed(call: AttentionCall) -> float:
-    return (FUSED_TRAINING_SPEED if call.needs_gradients else FUSED_SPEED)[call.device_type]
+    speeds = FUSED_TRAINING_SPEED if call.needs_gradients else FUSED_SPEED
+    return speeds.get(call.device_type, 1.0)  # a device without kernels: nothing is fused there
