@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_prompts import PROMPTS
+from engine_agreement import PROMPTS, assert_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xeco_convert
@@ -51,19 +51,13 @@ def in_llama_cpp(engine: tuple[str, str], converted: Path, rows: list[list[int]]
     return json.loads((work / "result.json").read_text())
 
 
-@torch.no_grad()
 def assert_same(converted: Path, rows: list[list[int]], answers: list[dict[str, Any]], tokens: int) -> None:
-    """Each token is the likeliest to our model too, behind the same text, but for ties; so are the probabilities of five."""
+    """Our greedy tokens, and the probabilities of five of each step."""
     ours = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
-    end = AutoTokenizer.from_pretrained(converted).eos_token_id
+    end = AutoTokenizer.from_pretrained(converted).eos_token_id  # llama.cpp is told to leave it out
     for row, answer in zip(rows, answers, strict=True):
         assert len(answer["ids"]) == tokens
-        logits = ours(torch.tensor([row + answer["ids"]])).logits[0, len(row) - 1 : -1]
-        logprobs = logits.log_softmax(-1)
-        likeliest = logprobs.index_fill(1, torch.tensor([end]), -torch.inf).amax(-1)  # llama.cpp leaves the end out
-        chosen = logprobs.gather(1, torch.tensor(answer["ids"])[:, None])[:, 0]
-        assert float((likeliest - chosen).max()) < _LOGPROB_BOUND
-        assert int((likeliest == chosen).sum()) >= tokens - 2
+        logprobs = assert_greedy(ours, row, answer["ids"], _LOGPROB_BOUND, [end])
         for step, theirs in zip(logprobs, answer["logprobs"], strict=True):
             assert all(abs(float(step[int(token)]) - value) < _LOGPROB_BOUND for token, value in theirs.items())
 

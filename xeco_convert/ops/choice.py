@@ -22,7 +22,7 @@ Implementation = Literal["fused", "absorbed", "expanded", "reference"]
 NAMES = ("reference", "fused", "sdpa")
 # Operations per second of the kernels relative to scaled_dot_product_attention on the same device. CPU: from the ratios of
 # `bench_attention.py cases`, 2.0 (float32, Zen 4) to 6.3 (bfloat16, Zen 5) in the forward pass, 1.9 to 4.2 in training. GPU:
-# from `bench_gpu_attention.py` on an H100, where flash attention has tensor-core instructions that the kernels do not use.
+# from `bench_gpu_choice.py` on an H100, where flash attention has tensor-core instructions that the kernels do not use.
 # About the least of them is taken: rather one call too few for the kernels than one too many.
 FUSED_SPEED = {"cpu": 2.0, "cuda": 0.5}
 FUSED_TRAINING_SPEED = {"cpu": 2.0, "cuda": 0.27}
