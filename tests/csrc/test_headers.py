@@ -23,7 +23,9 @@ def name(file: Path) -> str:
 
 
 def needs_torch(file: Path) -> bool:
-    return any(header in file.read_text("utf-8") for header in ("<torch/", "tensor_checks.h", "/checks.h"))
+    return any(
+        header in file.read_text("utf-8") for header in ("<torch/", "<pybind11/", "tensor_checks.h", "/checks.h")
+    )
 
 
 @pytest.mark.parametrize("file", [file for file in STANDALONE if name(file) not in OF_A_VENDOR], ids=name)
@@ -42,6 +44,28 @@ def test_a_header_compiles_by_itself(file: Path, tmp_path: Path) -> None:
     source.write_text(f'#include "{name(file)}"\n', "utf-8")
     done = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(flags)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("module", ["module.cpp", "device/module.cc"])
+def test_modules_compile_where_pybind11_refuses_files_of_the_stable_abi(module: str, tmp_path: Path) -> None:
+    """As torch 2.11 has it in its own copy of pybind11, before any other that is installed."""
+    from torch.utils.cpp_extension import include_paths
+
+    compiler = compiler_of_host()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "pybind11").mkdir()
+    for header in ("pybind11.h", "stl.h"):
+        guard = "#ifdef TORCH_TARGET_VERSION\n#error no stable ABI\n#endif\n"
+        (tmp_path / "pybind11" / header).write_text(f"{guard}#include_next <pybind11/{header}>\n", "utf-8")
+    facts = ("XECO_VERSION", "XECO_BUILT_WITH_TORCH", "XECO_DEVICE_BACKEND", "XECO_DEVICE_ARCHS")
+    flags = ["-x", "c++", "-std=c++17", "-fsyntax-only", "-fvisibility=hidden"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f'-D{fact}="x"' for fact in facts)]
+    flags += [f"-I{folder}" for folder in (tmp_path, ROOT / "csrc", ROOT / "csrc" / "include")]
+    flags += [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
+    command = [*compiler, *flags, str(ROOT / "csrc" / module)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("file", HEADERS, ids=name)
