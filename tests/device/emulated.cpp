@@ -82,6 +82,12 @@ int64_t stages_of_block(int64_t fixed, int64_t each, const Limits* limits) {
   return gpu::stages_that_fit(stream_of(*limits), 2, [&](int stages) { return fixed + stages * each; });
 }
 
+// Query rows of a block of the forward pass, times 100, and how many blocks a multiprocessor holds.
+int64_t blocks_of_forward(const Shape* shape, const Limits* limits) {
+  const gpu::ForwardBlocks blocks = gpu::forward_blocks(shape_of(*shape), stream_of(*limits));
+  return blocks.rows * 100 + blocks.resident;
+}
+
 int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rope, const View* c_kv, const View* k_rope,
                      void* out, float* lse, int64_t num_splits, float* part_sums, float* part_states,
                      const Limits* limits) {

@@ -30,6 +30,7 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
         _compile(machine, library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_lanes.restype = loaded.stages_of_block.restype = ctypes.c_int64
+    loaded.blocks_of_forward.restype = ctypes.c_int64
     loaded.emulated_schedule.argtypes = [ctypes.c_int64, ctypes.c_int64]
     loaded.emulated_barriers.restype = ctypes.c_int64
     loaded.emulated_barriers.argtypes = [ctypes.c_int64]
@@ -165,6 +166,11 @@ class Emulated:
         """Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage."""
         sizes = (ctypes.c_int64(fixed), ctypes.c_int64(each))
         return int(self.library.stages_of_block(*sizes, ctypes.byref(self._limits)))
+
+    def blocks_of_forward(self, *tensors: Tensor) -> tuple[int, int]:
+        """Query rows of a block, and the blocks that a multiprocessor holds, for q_latent, q_rope, c_kv, k_rope."""
+        shape = _shape(tensors, softmax_scale=1.0)
+        return divmod(int(self.library.blocks_of_forward(ctypes.byref(shape), ctypes.byref(self._limits))), 100)
 
     def num_barriers(self, launch: int) -> int:
         """That a thread came to in one block of a kernel of the last call: its first launch is 0."""

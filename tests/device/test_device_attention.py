@@ -82,6 +82,34 @@ def test_stages_fill_what_a_second_block_cannot_use(emulated: Emulated, fixed: i
     assert result == (expected if emulated.library.emulated_lanes() == 32 else 1)
 
 
+H100 = 227 * 1024  # bytes of shared memory that a block may have
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "resident"),
+    [
+        (Sizes(1, 64, 32, 128, 32), 32, 2),
+        (Sizes(1, 64, 32, 128, 64), 32, 2),  # with tiles of half as many tokens
+        (Sizes(1, 64, 32, 256, 64), 32, 2),
+        (Sizes(1, 64, 32, 512, 64), 32, 1),
+        (Sizes(1, 64, 16, 128, 32), 16, 2),
+        (Sizes(9, 64, 32, 128, 32), 64, 2),
+    ],
+)
+def test_an_h100_holds_as_many_blocks_as_its_tiles_were_measured_with(
+    emulated: Emulated, sizes: Sizes, rows: int, resident: int
+) -> None:
+    if emulated.library.emulated_lanes() == 32:
+        machine = replace(emulated, max_shared_bytes=H100)
+        assert machine.blocks_of_forward(*inputs(sizes, torch.bfloat16)) == (rows, resident)
+
+
+@pytest.mark.parametrize("rank", [64, 128, 256, 512])
+def test_the_tiles_of_an_h100_give_the_result(gpu: Machine, rank: int) -> None:
+    machine = replace(gpu, max_shared_bytes=max(gpu.max_shared_bytes, H100))
+    assert_forward(machine, Sizes(1, 150, 24, rank, 32, 1), torch.bfloat16, {})
+
+
 @pytest.mark.parametrize("sizes", [Sizes(3, 40, 24, 512, 64, 1), Sizes(7, 40, 10, 256, 64, 1)])
 def test_a_machine_with_less_shared_memory_takes_smaller_tiles(gpu: Machine, sizes: Sizes) -> None:
     small = replace(gpu, max_shared_bytes=min(gpu.max_shared_bytes, 99 * 1024))
