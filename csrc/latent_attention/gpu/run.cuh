@@ -6,7 +6,7 @@
 
 namespace xeco::gpu {
 
-constexpr int kBackwardBlocks = 2;
+constexpr int kBackwardBlocks = 2;  // that stages leave room for, where shared memory has it
 
 template <class Element>
 ForwardBlocks blocks_of_forward(const AttentionShape& shape, const Stream& stream) {
