@@ -222,12 +222,11 @@ class CalibratedLayer:
         source, pairs, half = self._source, qk_rope_head_dim // 2, self._half
         heads = source.num_attention_heads
         frequencies = torch.arange(half, device=self._statistics.rotation.device)
-        nope = torch.stack([real_rows(turn.conj()[:, None], frequencies, half) for turn in self._statistics.rotation])
+        nope = real_rows(self._statistics.rotation.conj()[..., None], frequencies, half)
         chosen = self._components.frequency[:pairs]
         group_of_head = torch.arange(heads, device=chosen.device) // source.heads_per_group
         decode_HJ = self._components.decode[:pairs].conj().T[group_of_head]
-        rope = [real_rows(decode[:, None], chosen, half) for decode in decode_HJ]  # [P, d] each; none in NoPE layers
-        return torch.cat([nope, torch.stack(rope)], dim=1)
+        return torch.cat([nope, real_rows(decode_HJ[..., None], chosen, half)], dim=1)  # no rotary rows in NoPE layers
 
     def _query_metric(self, latent_power: Tensor, up_keys: Tensor, pairs: int) -> Tensor:
         """[H, d + P, d + P]: λ_h E[k kᵀ] of the converted keys, what an error of a head's queries costs in output units.

@@ -85,15 +85,11 @@ def complex_moments(gram: Tensor, groups: int) -> Tensor:
 
 
 def real_rows(rows_JG: Tensor, frequency_J: Tensor, half: int) -> Tensor:
-    """Complex rows over groups, each at one frequency, as real rows over half-split keys: [2J, G·d], real parts first.
+    """Complex rows over groups, each at one frequency, as real rows over half-split keys: [..., J, G] to [..., 2J, G·d].
 
     Row j of the first half gives Re(Σ_g rows[j, g] · z_g,i), row j of the second half its imaginary part.
     """
-    count, groups = rows_JG.shape
-    real = torch.zeros(2, count, groups, 2, half, dtype=rows_JG.real.dtype, device=rows_JG.device)
-    index = torch.arange(count, device=rows_JG.device)
-    real[0, index, :, 0, frequency_J] = rows_JG.real
-    real[0, index, :, 1, frequency_J] = -rows_JG.imag
-    real[1, index, :, 0, frequency_J] = rows_JG.imag
-    real[1, index, :, 1, frequency_J] = rows_JG.real
-    return real.reshape(2 * count, groups * 2 * half)
+    re, im = rows_JG.real, rows_JG.imag
+    parts = torch.stack([torch.stack([re, -im], dim=-1), torch.stack([im, re], dim=-1)], dim=-4)[..., None]
+    index = frequency_J[:, None, None, None].expand(parts.shape)
+    return parts.new_zeros(*parts.shape[:-1], half).scatter_(-1, index, parts).flatten(-3).flatten(-3, -2)
