@@ -153,6 +153,9 @@ class _Conversion:
             value_error=layer.errors.value,
             kv_numbers_before=before,
             kv_numbers_after=shape.cache_width,
+            kv_bytes_after=shape.cache_bytes(DTYPE_BYTES[self._plan.dtype]),
+            latent_bits=shape.latent_bits,
+            rope_bits=shape.rope_bits,
             details=layer.details,
         )
 
@@ -177,7 +180,8 @@ class _Conversion:
     def _report(self, headers: list[TensorHeader], summary: dict[str, Any]) -> ConversionReport:
         plan = self._plan
         numbers = plan.source_kv_numbers_per_token()
-        layers = self._layer_reports | {item.layer: _kept(item.layer, numbers[item.layer]) for item in plan.kept}
+        size = DTYPE_BYTES[plan.dtype]
+        layers = self._layer_reports | {item.layer: _kept(item.layer, numbers[item.layer], size) for item in plan.kept}
         return ConversionReport(
             source="",
             output="",
@@ -185,7 +189,7 @@ class _Conversion:
             model_type=f"{MODEL_TYPE_PREFIX}{plan.source.model_type}",
             dtype=plan.dtype,
             layers=tuple(layers[number] for number in sorted(layers)),
-            kv_bytes_per_number=DTYPE_BYTES[plan.dtype],
+            kv_bytes_per_number=size,
             parameters_before=num_parameters(list(plan.source.index.headers.values())),
             parameters_after=num_parameters(headers),
             dropped=plan.dropped,
@@ -209,7 +213,7 @@ class _Conversion:
         writer.write_text("README.md", model_card(self._plan, report))
 
 
-def _kept(layer: int, kv_numbers: int) -> LayerReport:
+def _kept(layer: int, kv_numbers: int, number_bytes: int) -> LayerReport:
     return LayerReport(
         layer=layer,
         kv_lora_rank=None,
@@ -218,6 +222,7 @@ def _kept(layer: int, kv_numbers: int) -> LayerReport:
         value_error=None,
         kv_numbers_before=kv_numbers,
         kv_numbers_after=kv_numbers,
+        kv_bytes_after=kv_numbers * number_bytes,
     )
 
 

@@ -46,9 +46,11 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         for number, entry in enumerate(entries)
     ]
     report = _report(Path(folder))
-    layers = [_layer(number, entry, kept[number], report.errors) for number, entry in enumerate(entries)]
     stated = DTYPE_BYTES[STORED_AS.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")]
     number_bytes = report.number_bytes or stated  # config.json may leave the dtype out; the report never does
+    layers = [
+        _layer(number, entry, kept[number], number_bytes, report.errors) for number, entry in enumerate(entries)
+    ]
     conversion = conversion_record(config)
     return {
         "model_type": model_type,
@@ -58,7 +60,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "source": conversion["source"] or {"path": "an unrecorded source", "revision": None},
         "layers": layers,
         "kv_bytes_before": sum(kept) * number_bytes,
-        "kv_bytes_after": sum(layer["kv_numbers_after"] for layer in layers) * number_bytes,
+        "kv_bytes_after": sum(layer["kv_bytes_after"] for layer in layers),
     }
 
 
@@ -82,12 +84,18 @@ def conversion_record(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(
-    number: int, entry: dict[str, Any] | None, kept: int, errors: Mapping[int, Mapping[str, Any]]
+    number: int,
+    entry: dict[str, Any] | None,
+    kept: int,
+    number_bytes: int,
+    errors: Mapping[int, Mapping[str, Any]],
 ) -> dict[str, Any]:
     if entry is None:
-        return {"layer": number, "kv_numbers_after": kept}
+        return {"layer": number, "kv_numbers_after": kept, "kv_bytes_after": kept * number_bytes}
     widths = mla_layer(number, entry)
-    return {"layer": number, **widths.to_dict(), "kv_numbers_after": widths.cache_width, **errors.get(number, {})}
+    cached = {"kv_numbers_after": widths.cache_width, "kv_bytes_after": widths.cache_bytes(number_bytes)}
+    bits = {"latent_bits": widths.latent_bits, "rope_bits": widths.rope_bits}
+    return {"layer": number, **widths.to_dict(), **bits, **cached, **errors.get(number, {})}
 
 
 @dataclass(frozen=True, kw_only=True)

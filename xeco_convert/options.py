@@ -14,6 +14,8 @@ from xeco_convert.settings import default_of, option, option_fields, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QK_NORMS = ("exact", "regression")
+# What --cache-bits stands for: bits of the latent and of the rotary key, of which one pair is chosen for each layer.
+CACHE_BITS = {"16": ((16, 16),), "8": ((8, 8),), "4": ((4, 8),), "auto": ((16, 16), (8, 8), (4, 8), (4, 4))}
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,6 +49,12 @@ class ConvertOptions:
         "in every layer, the fastest P/2 rotary frequencies once each.",
         False,
     )
+    cache_bits: str = option(
+        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 (latents; rotary keys in 8), or auto, chosen for each "
+        "layer together with its widths (needs a KV size).",
+        "16",
+        choices=tuple(CACHE_BITS),
+    )
     qk_norm: str = option(
         "Keys behind a norm (Qwen3, OLMo 2, Gemma 3): exact, computed by the source's own projections and norm before they "
         "become latents; or regression, linear keys in their place, for a plain kv_a projection.",
@@ -74,10 +82,16 @@ class ConvertOptions:
         self._check()
         policy = policy_from(values)
         object.__setattr__(self, "policy", policy)
+        if len(self.cache_bits_on_offer) > 1 and not policy.chooses_bits:
+            raise OptionError("--cache-bits auto: bits are chosen within a KV size: give --kv-size, or a number of bits.")
         object.__setattr__(self, "initialisation", initialisation_from(self.init, values, policy))
 
     def _check(self) -> None:
-        for flag, value, values in (("--qk-norm", self.qk_norm, QK_NORMS), ("--dtype", self.dtype, (None, *DTYPES))):
+        for flag, value, values in (
+            ("--qk-norm", self.qk_norm, QK_NORMS),
+            ("--cache-bits", self.cache_bits, tuple(CACHE_BITS)),
+            ("--dtype", self.dtype, (None, *DTYPES)),
+        ):
             names = ", ".join(name for name in values if name)
             require(value in values, flag, f"one of {names}", value)
         require(self.q_rank is None or self.q_rank >= 1, "--q-rank", "a whole number of at least 1", self.q_rank)
@@ -86,6 +100,11 @@ class ConvertOptions:
         parse_size(self.max_shard_size)
         if self.layers is not None:
             parse_layers(self.layers)
+
+    @property
+    def cache_bits_on_offer(self) -> tuple[tuple[int, int], ...]:
+        """Bits of latent and rotary key that layers may get."""
+        return CACHE_BITS[self.cache_bits]
 
     @property
     def has_latent_norm(self) -> bool:

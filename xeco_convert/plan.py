@@ -88,6 +88,14 @@ class ConversionPlan:
         before = self.source_kv_numbers_per_token()
         return [shapes[layer].cache_width if layer in shapes else number for layer, number in enumerate(before)]
 
+    def kv_bytes_per_token(self) -> list[int]:
+        """Bytes that each layer of the output caches per token, scales of codes included."""
+        shapes, number_bytes = {item.layer: item.shape for item in self.converted}, DTYPE_BYTES[self.dtype]
+        return [
+            shapes[layer].cache_bytes(number_bytes) if layer in shapes else number * number_bytes
+            for layer, number in enumerate(self.source_kv_numbers_per_token())
+        ]
+
     def source_kv_numbers_per_token(self) -> list[int]:
         """The same of the source. A layer that keeps its sliding window counts nothing: its cache does not grow with the
         text, and no conversion changes it."""
@@ -115,7 +123,10 @@ class ConversionPlan:
         if self.widths_are_final:
             return self
         rope_dims = [item.shape.qk_rope_head_dim for item in self.converted]
-        chosen = self.options.policy.widths(survey, self.cache_facts, rope_dims)
+        facts = self.cache_facts
+        chosen = self.options.policy.widths(survey, facts, rope_dims)
+        if len(facts.bits) == 1:  # policies that choose ranks alone leave the bits to the options
+            chosen = [dataclasses.replace(widths, **_bits(facts.bits[0])) for widths in chosen]
         converted = tuple(
             dataclasses.replace(item, shape=_with_widths(item.shape, widths))
             for item, widths in zip(self.converted, chosen, strict=True)
@@ -124,7 +135,7 @@ class ConversionPlan:
 
     @property
     def kv_budget(self) -> int | None:
-        """Numbers per token that the converted layers may cache together; None where no KV size was asked for."""
+        """Bytes per token that the converted layers may cache together; None where no KV size was asked for."""
         return self.options.policy.budget(self.cache_facts)
 
     @property
@@ -152,7 +163,13 @@ class ConversionPlan:
             full_rank=full_rank_of(self.source, self.options),
             most_rope_dim=self.portable_rotary_dim if same_widths else every_component,
             same_widths=same_widths,
+            bits=self.options.cache_bits_on_offer,
+            layer_bytes=self._layer_bytes,
         )
+
+    def _layer_bytes(self, widths: Widths) -> int:
+        """What a converted layer of these widths caches per token."""
+        return _with_widths(self.converted[0].shape, widths).cache_bytes(DTYPE_BYTES[self.dtype])
 
 
 def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan:
@@ -188,11 +205,31 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
         widths_are_final=options.policy.is_final,
     )
     options.policy.check_source(plan.cache_facts)
+    _check_codes(plan)
     return plan
 
 
+def _check_codes(plan: ConversionPlan) -> None:
+    """Refuse widths that codes cannot have: half a byte each, they come in pairs."""
+    odd = [item for item in plan.converted if item.shape.latent_bits == 4 and item.shape.kv_lora_rank % 2]
+    if odd and plan.widths_are_final:
+        raise OptionError(
+            f"--cache-bits: a latent in 4 bits needs an even rank, found {odd[0].shape.kv_lora_rank}; choose another --rank."
+        )
+
+
 def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:
-    return dataclasses.replace(shape, kv_lora_rank=widths.kv_lora_rank, qk_rope_head_dim=widths.qk_rope_head_dim)
+    return dataclasses.replace(
+        shape,
+        kv_lora_rank=widths.kv_lora_rank,
+        qk_rope_head_dim=widths.qk_rope_head_dim,
+        latent_bits=widths.latent_bits,
+        rope_bits=widths.rope_bits,
+    )
+
+
+def _bits(of_each: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("latent_bits", "rope_bits"), of_each, strict=True))
 
 
 def _num_weights(tensors: Mapping[str, tuple[int, ...]], *, matrices_only: bool = False) -> int:
@@ -245,6 +282,7 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
         q_norm=source.norm_of("q_norm"),
         k_norm=source.norm_of("k_norm") if keeps_keys else None,
         logit_softcap=source.logit_softcap,
+        **_bits(options.cache_bits_on_offer[0]),
         num_key_value_heads=geometry.num_key_value_heads if keeps_keys else 0,
     )
 

@@ -11,7 +11,8 @@ from xeco_convert.stopwatch import Timings
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One layer. KV numbers are cached numbers per token; key and value errors are relative, None for kept layers.
+    """One layer. KV numbers are cached numbers per token, `kv_bytes_after` their bytes, scales of codes included; key and value
+    errors are relative, and these, widths and bits None for kept layers.
 
     `details`: what the initialisation knows beyond that (expected and measured errors, rotary frequencies, spectrum).
     `exactness_error` and `output_error` (relative, of the attention's output) are there for layers that --verify took.
@@ -24,6 +25,9 @@ class LayerReport:
     value_error: float | None
     kv_numbers_before: int
     kv_numbers_after: int
+    kv_bytes_after: int
+    latent_bits: int | None = None
+    rope_bits: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     exactness_error: float | None = None
     output_error: float | None = None
@@ -62,7 +66,7 @@ class ConversionReport:
     @property
     def kv_bytes_after(self) -> int:
         """KV bytes per token of the converted model, all layers."""
-        return sum(layer.kv_numbers_after for layer in self.layers) * self.kv_bytes_per_number
+        return sum(layer.kv_bytes_after for layer in self.layers)
 
     @property
     def kv_share(self) -> float:

@@ -185,12 +185,12 @@ def at_size(options: ConvertOptions, kv_size: str) -> ConvertOptions:
 
 
 def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:
-    numbers, before = sum(plan.kv_numbers_per_token()), sum(plan.source_kv_numbers_per_token())
+    size, before = sum(plan.kv_bytes_per_token()), sum(plan.source_kv_numbers_per_token()) * DTYPE_BYTES[plan.dtype]
     shapes = [item.shape for item in plan.converted]
     return SweepPoint(
         kv_size=kv_size,
-        kv_bytes_per_token=numbers * DTYPE_BYTES[plan.dtype],
-        kv_share=numbers / before,
+        kv_bytes_per_token=size,
+        kv_share=size / before,
         fidelity=fidelity,
         widths=tuple((shape.kv_lora_rank, shape.qk_rope_head_dim) for shape in shapes),
     )

@@ -139,6 +139,7 @@ template <class Product>
 struct PairEngine {
   using Element = BFloat16;
   using Storage = uint16_t;
+  using Cached = uint16_t;
   using Operand = uint16_t;
   struct Tile {
     TileRows<uint16_t> rows;
@@ -174,7 +175,7 @@ struct PairEngine {
     Product::rows(rows.tokens, rank, rows.latent, rows.latent_stride, panel, vectors, out, vectors * kLanes, false);
   }
 
-  static const uint16_t* weight_panel(const float* weights, int64_t tokens, int vectors, uint16_t* to) {
+  static const uint16_t* weight_panel(const Tile&, const float* weights, int64_t tokens, int vectors, uint16_t* to) {
     alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i pairs = _mm512_load_si512(kPairs);

@@ -3,6 +3,8 @@
 //
 //   WideEngine<Element>   float32 arithmetic; 16-bit tiles are widened once, float32 ones are read where they lie
 //   DotEngine, AmxEngine  bfloat16 pairs (cpu/bf16_engines-inl.h)
+//   CodeEngine<Element>   tiles of 8- and 4-bit codes, widened (cpu/codes-inl.h)
+//   VnniEngine<Element>   the same by products of bytes (cpu/vnni_engine-inl.h)
 //
 // Letters: K depth of a product, w panel width (one or two vectors), R kv_lora_rank, P qk_rope_head_dim.
 
@@ -18,6 +20,7 @@ struct TileRows {
   const Storage* rope;
   int64_t rope_stride;
   int64_t tokens;
+  int64_t latent_bits = 16, rope_bits = 16;  // below 16: rows of codes, Storage is a byte
 };
 
 // The rows of the tile that comes next, to be asked for while this one is worked on.
@@ -29,16 +32,19 @@ template <class Storage>
 XECO_INLINE NextTile next_tile(const TileRows<Storage>& rows, int64_t rank, int64_t rope) {
   if (rows.tokens == 0) return {};
   constexpr int64_t kBytes = sizeof(Storage);
-  const auto ahead = [](const Storage* first, int64_t stride, int64_t width) {
-    return Ahead{reinterpret_cast<const char*>(first), stride * kBytes, (width * kBytes + 63) / 64};
+  const auto ahead = [](const Storage* first, int64_t stride, int64_t width, int64_t bits) {
+    const int64_t bytes = bits < 16 ? code_row_bytes(width, bits) : width * kBytes;
+    return Ahead{reinterpret_cast<const char*>(first), stride * kBytes, (bytes + 63) / 64};
   };
-  return {ahead(rows.latent, rows.latent_stride, rank), ahead(rows.rope, rows.rope_stride, rope)};
+  return {ahead(rows.latent, rows.latent_stride, rank, rows.latent_bits),
+          ahead(rows.rope, rows.rope_stride, rope, rows.rope_bits)};
 }
 
 template <class ElementType>
 struct WideEngine {
   using Element = ElementType;
   using Storage = typename Element::Storage;
+  using Cached = Storage;
   using Operand = float;
   using Tile = TileRows<float>;
   static constexpr bool kInPlace = std::is_same_v<Element, Float32>;
@@ -79,7 +85,7 @@ struct WideEngine {
   }
 
   // [tokens][w] float32 as a panel over the tokens
-  static const float* weight_panel(const float* weights, int64_t, int, float*) { return weights; }
+  static const float* weight_panel(const Tile&, const float* weights, int64_t, int, float*) { return weights; }
   // [tokens][w] float32 as rows over the query rows
   static const float* weight_rows(const float* weights, int64_t, int, float*) { return weights; }
 

@@ -36,7 +36,8 @@ CpuLevel detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return CpuLevel::kAvx2;
-  if (!__builtin_cpu_supports("avx512bf16")) return CpuLevel::kAvx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return CpuLevel::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return CpuLevel::kAvx512Vnni;
   return request_amx() ? CpuLevel::kAmx : CpuLevel::kAvx512Bf16;
 }
 #else

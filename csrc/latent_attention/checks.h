@@ -13,8 +13,21 @@ struct Inputs {
   const Tensor &q_latent, &q_rope, &c_kv, &k_rope;
 };
 
+// How cached numbers are stored: 16 bits stand for the dtype of the queries.
+struct CacheBits {
+  int64_t latent = 16, rope = 16;
+};
+
+inline void check_codes(const char* op, const char* name, const Tensor& rows, const char* bits_name, int64_t bits,
+                        int64_t width, int64_t outer, int64_t tokens) {
+  require(bits == 8 || bits == 4, op, ": ", bits_name, ": expected 8 or 4, got ", bits);
+  require(width * bits % 8 == 0, op, ": ", name, ": a row in 4 bits needs an even width, got ", width);
+  check_tensor(op, name, rows, {outer, tokens, code_row_bytes(width, bits)});
+  check_dtype(op, name, rows, ScalarType::Byte, "uint8");
+}
+
 // Shapes and dtypes of the four inputs. A paged cache has pages where a contiguous one has sequences.
-inline AttentionShape check_inputs(const char* op, const Inputs& in, bool paged) {
+inline AttentionShape check_inputs(const char* op, const Inputs& in, bool paged, CacheBits bits = {}) {
   AttentionShape shape;
   check_tensor(op, "q_latent", in.q_latent, {-1, -1, -1, -1});
   shape.dtype = float_dtype(op, "q_latent", in.q_latent);
@@ -22,11 +35,18 @@ inline AttentionShape check_inputs(const char* op, const Inputs& in, bool paged)
   shape.num_heads = in.q_latent.size(2), shape.rank = in.q_latent.size(3);
   check_tensor(op, "q_rope", in.q_rope, {shape.batch, shape.num_queries, shape.num_heads, -1});
   shape.rope = in.q_rope.size(3);
-  check_tensor(op, "c_kv", in.c_kv, {paged ? -1 : shape.batch, -1, shape.rank});
-  check_tensor(op, "k_rope", in.k_rope, {in.c_kv.size(0), in.c_kv.size(1), shape.rope});
   check_same_dtype(op, "q_rope", in.q_rope, "q_latent", in.q_latent);
-  check_same_dtype(op, "c_kv", in.c_kv, "q_latent", in.q_latent);
-  check_same_dtype(op, "k_rope", in.k_rope, "q_latent", in.q_latent);
+  if (bits.latent < 16) {
+    check_tensor(op, "c_kv", in.c_kv, {shape.batch, -1, -1});
+    check_codes(op, "c_kv", in.c_kv, "latent_bits", bits.latent, shape.rank, shape.batch, -1);
+    check_codes(op, "k_rope", in.k_rope, "rope_bits", bits.rope, shape.rope, shape.batch, in.c_kv.size(1));
+    shape.latent_bits = bits.latent, shape.rope_bits = bits.rope;
+  } else {
+    check_tensor(op, "c_kv", in.c_kv, {paged ? -1 : shape.batch, -1, shape.rank});
+    check_tensor(op, "k_rope", in.k_rope, {in.c_kv.size(0), in.c_kv.size(1), shape.rope});
+    check_same_dtype(op, "c_kv", in.c_kv, "q_latent", in.q_latent);
+    check_same_dtype(op, "k_rope", in.k_rope, "q_latent", in.q_latent);
+  }
   require(shape.rank >= 1 && shape.rank <= kMaxRank, op, ": q_latent: expected a width (kv_lora_rank) from 1 to ",
           kMaxRank, ", got ", shape.rank);
   require(shape.rope >= 1 && shape.rope <= kMaxRope, op, ": q_rope: expected a width (qk_rope_head_dim) from 1 to ",

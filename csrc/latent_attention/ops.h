@@ -27,8 +27,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
 }
 
 template <class Backend>
-AttentionShape check_call(const char* op, const Inputs& in, const OptionalTensor& block_table) {
-  AttentionShape shape = check_inputs(op, in, block_table.has_value());
+AttentionShape check_call(const char* op, const Inputs& in, const OptionalTensor& block_table, CacheBits bits = {}) {
+  AttentionShape shape = check_inputs(op, in, block_table.has_value(), bits);
   Backend::check_same_device(op, in.q_latent, {{"q_rope", in.q_rope}, {"c_kv", in.c_kv}, {"k_rope", in.k_rope}});
   if (block_table.has_value()) set_pages(op, shape, in, *block_table);
   Backend::check_limits(op, shape);
@@ -43,9 +43,9 @@ struct RangeInputs {
 // The arguments that the two passes of latent_attention have in common.
 template <class Backend>
 AttentionShape check_attention(const char* op, const Inputs& in, const RangeInputs& ranges, double softmax_scale,
-                               bool causal, int64_t window, double softcap) {
+                               bool causal, int64_t window, double softcap, CacheBits bits = {}) {
   const auto& [starts, ends, query_positions] = ranges;
-  AttentionShape shape = check_call<Backend>(op, in, {});
+  AttentionShape shape = check_call<Backend>(op, in, {}, bits);
   set_rule(op, shape, softmax_scale, window, softcap);
   set_ranges(op, shape, causal, starts, ends, query_positions);
   Backend::check_same_device(op, in.q_latent,
@@ -76,6 +76,26 @@ std::tuple<Tensor, Tensor> latent_attention(Tensor q_latent, Tensor q_rope, Tens
   ForwardParams params;
   const RangeInputs ranges{starts, ends, query_positions};
   params.shape = check_attention<Backend>(op, in, ranges, softmax_scale, causal, window, softcap);
+  const Backend backend(op, q_latent);
+  params.num_splits = backend.num_splits(params.shape);
+  return run_forward(backend, in, params);
+}
+
+// latent_attention over rows of codes: c_kv and k_rope are uint8 [B, T, bytes].
+template <class Backend>
+std::tuple<Tensor, Tensor> latent_attention_packed(Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope,
+                                                   OptionalTensor starts, OptionalTensor ends,
+                                                   OptionalTensor query_positions, double softmax_scale, bool causal,
+                                                   int64_t window, double softcap, int64_t latent_bits,
+                                                   int64_t rope_bits) {
+  constexpr const char* op = "latent_attention_packed";
+  const Inputs in{q_latent, q_rope, c_kv, k_rope};
+  ForwardParams params;
+  const RangeInputs ranges{starts, ends, query_positions};
+  require(latent_bits < 16 && rope_bits < 16, op, ": latent_bits and rope_bits: expected 8 or 4, got ", latent_bits,
+          " and ", rope_bits);
+  params.shape = check_attention<Backend>(op, in, ranges, softmax_scale, causal, window, softcap,
+                                          CacheBits{latent_bits, rope_bits});
   const Backend backend(op, q_latent);
   params.num_splits = backend.num_splits(params.shape);
   return run_forward(backend, in, params);

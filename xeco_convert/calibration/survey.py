@@ -23,6 +23,7 @@ from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
+from xeco_convert.factorize.spread import with_codes
 from xeco_convert.quality import OutputHead
 from xeco_convert.quality.fidelity import stream_divergences
 from xeco_convert.ranks import Widths
@@ -33,11 +34,13 @@ _KL_TOKENS = 512  # of them whose logits are computed: a vocabulary is most of a
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
 _ROUNDING = 1e-12
 _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
-_MOST_PROBES = 4  # totals at which a layer is refined for a look
+_MOST_PROBES = 4  # sizes at which a layer is refined for a look
 _PROBE_SHARE = 0.6  # of a layer's time that they take, about: for the progress
 
 # Takes the share that is done.
 Share = Callable[[float], None]
+# What some widths cache per token, in the unit of a budget.
+Size = Callable[[Widths], float]
 # Refines a layer for a look: the factors, and the share of their error that is left.
 Probe = Callable[[MlaAttention], tuple[MlaAttention, float]]
 
@@ -53,17 +56,23 @@ class _Surveyed:
 class Survey:
     """Collects what the budget needs, layer by layer; `costs` is there after the last one.
 
-    `offers`: the widths to measure; `average`: cached numbers per token and layer that the budget allows; `layers`: numbers
-    of the layers to survey. Beyond 32 of them only as many, spread evenly, get a branch; the price of an error in the
+    `offers`: the widths to measure; `average`: what the budget allows a layer, by `size` of the widths that it gets (numbers
+    per token; a plan counts bytes); `layers`: numbers of the layers to survey. Beyond 32 of them only as many, spread evenly, get a branch; the price of an error in the
     others is interpolated between their neighbours.
     """
 
     def __init__(
-        self, offers: Sequence[Widths], average: float, layers: Sequence[int], windows: CalibrationWindows
+        self,
+        offers: Sequence[Widths],
+        average: float,
+        layers: Sequence[int],
+        windows: CalibrationWindows,
+        size: Size = lambda offer: offer.total,
     ) -> None:
         # by rotary width: each takes a decomposition of its own
         self._offers = sorted(offers, key=lambda offer: offer.qk_rope_head_dim)
         self._average = average
+        self._size = size
         tokens = _BRANCH_TOKENS if len(layers) <= _MOST_BRANCHES // 2 else _BRANCH_TOKENS // 2
         self._windows = windows.first(max(1, tokens // windows.ids.shape[1]))
         numbers = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_BRANCHES)).round().astype(int))
@@ -99,7 +108,7 @@ class Survey:
             return layer.factors(most[rope], rope).to(torch.float32)
 
         def factors(offer: Widths) -> MlaAttention:
-            return widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank)
+            return with_codes(widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank), *offer.bits)
 
         def error(offer: Widths) -> float:
             lost = mla_output(factors(offer), heads, few, context) - target
@@ -111,15 +120,15 @@ class Survey:
             on_progress((1 - of_probes) * number / len(offers))
             errors[offer] = error(offer)
         # the branch stands for what this layer will be: the best of those that take the average
-        branch = best_of_total(errors, self._average)
+        branch = best_of_size(errors, self._average, self._size)
         branch_factors = factors(branch)
         if probe is not None:
-            refined, probed = {}, probed_offers(errors, branch)
+            refined, probed = {}, probed_offers(errors, branch, self._size)
             for number, offer in enumerate(probed):
                 on_progress(1 - of_probes * (1 - number / len(probed)))
                 refined[offer] = probe(factors(offer))
             branch_factors = refined[branch][0]
-            errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()})
+            errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()}, self._size)
         if view.number in self._branching:
             hidden = view.inputs[: self._windows.ids.shape[0]]
             attention = mla_output(branch_factors, heads, view.normed(hidden), context)
@@ -135,7 +144,7 @@ class Survey:
         counts = self._windows.counts.to(final_hidden.device)
         branches = list(self._branches.values())
         divergences = stream_divergences(head, final_hidden[: counts.shape[0]], branches, counts, _KL_TOKENS)
-        prices = {}
+        prices: dict[float, float] = {}
         for number, kl in zip(self._branches, divergences, strict=True):
             error = self._layers[number].branch_error
             assert error is not None, "a layer with a branch has its error"
@@ -153,26 +162,28 @@ def _by_rotary_width(offers: Sequence[Widths]) -> Iterator[tuple[int, list[Width
         yield rope, list(same)
 
 
-def best_of_total(errors: Mapping[Widths, float], total: float) -> Widths:
-    """The offer of least error among those whose sum of widths is nearest to `total`."""
-    nearest = min(abs(offer.total - total) for offer in errors)
-    return min((offer for offer in errors if abs(offer.total - total) == nearest), key=lambda offer: errors[offer])
+def best_of_size(errors: Mapping[Widths, float], size: float, size_of: Size) -> Widths:
+    """The offer of least error among those whose size is nearest to `size`."""
+    nearest = min(abs(size_of(offer) - size) for offer in errors)
+    return min((offer for offer in errors if abs(size_of(offer) - size) == nearest), key=lambda offer: errors[offer])
 
 
-def probed_offers(errors: Mapping[Widths, float], branch: Widths) -> list[Widths]:
-    """The branch's offer, and the best of a few other sums of widths from the smallest to the largest."""
-    totals = sorted({offer.total for offer in errors} - {branch.total})
-    numbers = np.unique(np.linspace(0, len(totals) - 1, min(len(totals), _MOST_PROBES - 1)).round().astype(int))
-    return [branch, *(best_of_total(errors, totals[place]) for place in numbers if totals)]
+def probed_offers(errors: Mapping[Widths, float], branch: Widths, size_of: Size) -> list[Widths]:
+    """The branch's offer, and the best of a few other sizes from the smallest to the largest."""
+    sizes = sorted({size_of(offer) for offer in errors} - {size_of(branch)})
+    numbers = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_PROBES - 1)).round().astype(int))
+    return [branch, *(best_of_size(errors, sizes[place], size_of) for place in numbers if sizes)]
 
 
-def refined_errors(errors: Mapping[Widths, float], left: Mapping[Widths, float]) -> dict[Widths, float]:
-    """Errors after refinement: those of the closed form times the share that it leaves, known at some sums of widths."""
-    by_total = {offer.total: share for offer, share in left.items()}
-    return {offer: error * interpolated(by_total, offer.total) for offer, error in errors.items()}
+def refined_errors(
+    errors: Mapping[Widths, float], left: Mapping[Widths, float], size_of: Size
+) -> dict[Widths, float]:
+    """Errors after refinement: those of the closed form times the share that it leaves, known at some sizes."""
+    by_size = {size_of(offer): share for offer, share in left.items()}
+    return {offer: error * interpolated(by_size, size_of(offer)) for offer, error in errors.items()}
 
 
-def interpolated(known: Mapping[int, float], place: int) -> float:
+def interpolated(known: Mapping[float, float], place: float) -> float:
     """Between the known places in logarithms (linear where one is zero), beyond them the last one's."""
     ordered = sorted(known)
     if place <= ordered[0] or place >= ordered[-1]:

@@ -26,9 +26,14 @@ def plan_summary(plan: ConversionPlan) -> dict[str, Any]:
                 "converted": item in plan.converted,
                 "kv_numbers_before": before,
                 "kv_numbers_after": after,
+                "kv_bytes_after": size,
             }
-            for item, before, after in zip(
-                plan.layers, plan.source_kv_numbers_per_token(), plan.kv_numbers_per_token(), strict=True
+            for item, before, after, size in zip(
+                plan.layers,
+                plan.source_kv_numbers_per_token(),
+                plan.kv_numbers_per_token(),
+                plan.kv_bytes_per_token(),
+                strict=True,
             )
         ],
         "exact_keys": dict(zip(("parameters", "multiplications_per_token"), plan.exact_key_cost(), strict=True)),
@@ -51,8 +56,8 @@ def show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
         f"qk_nope_head_dim {shape.qk_nope_head_dim}{query}"
     )
     facts, budget = plan.cache_facts, plan.kv_budget
-    before = facts.numbers_before
-    after = sum(plan.kv_numbers_per_token()) if budget is None else min(before, budget + facts.numbers_kept)
+    before, kept = (numbers * facts.number_bytes for numbers in (facts.numbers_before, facts.numbers_kept))
+    after = sum(plan.kv_bytes_per_token()) if budget is None else min(before, budget + kept)
     windows = plan.kept_windows
     if windows:
         lines.append(
@@ -69,7 +74,7 @@ def show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
             f"{parameters:,} parameters and {products:,} multiplications for each token written more than linear keys "
             "(--qk-norm regression)"
         )
-    lines.append(f"KV cache: {before} -> {bound}{after} numbers per token ({after / before:.1%})")
+    lines.append(f"KV cache: {before} -> {bound}{after} bytes per token ({after / before:.1%}){_bits_in_words(plan)}")
     if after >= before:
         lines.append("note: this is no smaller than the source's cache; choose a smaller size")
     headers = plan.output_headers()
@@ -80,6 +85,14 @@ def show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
         lines.append(f"left out: {', '.join(plan.dropped)}")
     for line in lines:
         click.echo(line, err=not on_stdout)
+
+
+def _bits_in_words(plan: ConversionPlan) -> str:
+    """What a cached number is, where it is no number of the model."""
+    if plan.options.cache_bits == "auto":
+        return ", bits chosen for each layer"
+    latent, rope = plan.cache_facts.bits[0]
+    return "" if latent == 16 else f", latents in {latent} bits, rotary keys in {rope}"
 
 
 def _widths_in_words(plan: ConversionPlan) -> str:

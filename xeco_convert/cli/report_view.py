@@ -25,7 +25,7 @@ def show_report(report: ConversionReport) -> None:
             layer.key_error,
             layer.value_error,
         ]
-        row += [numbers * report.kv_bytes_per_number for numbers in (layer.kv_numbers_before, layer.kv_numbers_after)]
+        row += [layer.kv_numbers_before * report.kv_bytes_per_number, layer.kv_bytes_after]
         rows.append(row + ([layer.exactness_error, layer.output_error] if verified else []))
     print_table(columns + (["exactness error", "output error"] if verified else []), rows)
     click.echo(f"KV cache: {report.kv_bytes_before} -> {report.kv_bytes_after} bytes per token ({report.kv_share:.1%})")

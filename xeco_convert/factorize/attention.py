@@ -16,6 +16,7 @@ from torch.nn import functional
 from xeco_convert.factorize.layer_weights import MlaAttention, SourceAttention
 from xeco_convert.ops.choice import MAX_RANK, MAX_ROPE
 from xeco_convert.ops.fused import Ranges, fused_attention, kernel_obstacle, ranges_of
+from xeco_convert.ops.packed_rows import as_cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ def mla_attended(mla: MlaAttention, num_heads: int, x_WTX: Tensor, context: Atte
     c_kv, k_rope, cos, sin = mla_compressed(mla, x_WTX, context)
     w_uk, _ = split_up_projection(mla, num_heads)
     q_latent = torch.einsum("wthn,hnr->wthr", q_nope, w_uk)
-    q_rope, k_rope = rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)), rotate(k_rope, cos, sin)
+    q_rope = rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))
+    c_kv, k_rope = as_cached(c_kv, mla.latent_bits), as_cached(rotate(k_rope, cos, sin), mla.rope_bits)
     ranges = _kernel_ranges(c_kv, k_rope, context)
     if ranges is not None:
         scale, dtype = context.softmax_scale, c_kv.dtype

@@ -38,13 +38,14 @@ def balance_scales(mla: MlaAttention, num_heads: int) -> MlaAttention:
     """
     q_HQY, kv_b_HUR, o_XHV = _by_head(mla, num_heads)
     rank, nope = kv_b_HUR.shape[2], q_HQY.shape[1] - mla.qk_rope_head_dim
-    latent = _balance(_rms(mla.kv_a_weight[:rank], 1), _rms(kv_b_HUR, (0, 1)))
+    latent = _alike(_balance(_rms(mla.kv_a_weight[:rank], 1), _rms(kv_b_HUR, (0, 1))), mla.latent_bits)
     if mla.latent_norm_weight is not None:
         latent = torch.ones_like(latent)
     pairs = _balance(
         _rms(mla.kv_a_weight[rank:].unflatten(0, (2, -1)), (0, 2)),
         _rms(q_HQY[:, nope:].unflatten(1, (2, -1)), (0, 1, 3)),
     )
+    pairs = _alike(pairs, mla.rope_bits)
     kv_b_HUR = kv_b_HUR / latent
     keys = _balance(_rms(kv_b_HUR[:, :nope], (1, 2)), _rms(q_HQY[:, :nope], (1, 2)))
     values = _balance(_rms(kv_b_HUR[:, nope:], (1, 2)), _rms(o_XHV, (0, 2)))
@@ -75,7 +76,7 @@ def balance_for_storage(mla: MlaAttention, num_heads: int) -> MlaAttention:
     )
     down = _sizes(mla.kv_a_weight, kv_a_bias)
     own = down[:rank] if mla.latent_norm_weight is None else mla.latent_norm_weight.abs()
-    latent = _power_of_two(_balance(own, _rms(kv_b_HUR, (0, 1))))
+    latent = _power_of_two(_alike(_balance(own, _rms(kv_b_HUR, (0, 1))), mla.latent_bits))
     queries, up = _sizes(q_HQY, q_bias), _sizes(kv_b_HUR / latent, kv_b_bias)
     pairs = _balance(_rms(down[rank:].view(2, -1), 0), _rms(queries[:, nope:].unflatten(1, (2, -1)), (0, 1)))
     inner = None
@@ -83,7 +84,7 @@ def balance_for_storage(mla: MlaAttention, num_heads: int) -> MlaAttention:
         inner = _power_of_two(_balance(_rms(mla.q_a_weight, 1), _rms(mla.q_b_weight, 0)))
     scales = _Scales(
         latent=latent,
-        pairs=_power_of_two(pairs),
+        pairs=_power_of_two(_alike(pairs, mla.rope_bits)),
         keys=_power_of_two(_balance(up[:, :nope], queries[:, :nope])),
         values=_power_of_two(_balance(up[:, nope:], _rms(o_XHV, 0))),
         inner=inner,
@@ -142,6 +143,11 @@ def _balance(own: Tensor, facing: Tensor) -> Tensor:
     """What to multiply `own` by, and divide `facing` by, for equal rms; 1 where either is zero."""
     usable = (own > 0) & (facing > 0)
     return torch.where(usable, facing / torch.where(usable, own, 1.0), 1.0).sqrt()
+
+
+def _alike(factors: Tensor, bits: int) -> Tensor:
+    """Their geometric mean for all where rows are cached in codes: those share one scale, and are as large as they count."""
+    return factors if bits == 16 or factors.numel() == 0 else factors.log().mean().exp().expand_as(factors)
 
 
 def _power_of_two(factor: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class MlaAttention:
     With a norm of the queries, q_weight (or q_b_weight) has N rows for each head, q_norm_weight is [N] or [H·N], and
     q_head_weight [H·(N+P), N] maps each head's normalised query to its un-rotated and rotary rows. With a norm of the keys,
     k_weight and v_weight [G·V, hidden] and k_norm_weight ([V] or [G·V]) are the source's, and kv_a_weight [R+P, 2·G·V] reads
-    κ = (normalised keys, values) of all groups.
+    κ = (normalised keys, values) of all groups. Of `latent_bits` and `rope_bits` below 16, latent and rotary key are what codes of
+    so many bits give back (ops/packed_rows.py).
     """
 
     kv_a_weight: Tensor
@@ -105,6 +106,8 @@ class MlaAttention:
     v_weight: Tensor | None = None
     v_bias: Tensor | None = None
     rope_index: tuple[int, ...] | None = None
+    latent_bits: int = 16
+    rope_bits: int = 16
 
     @property
     def qk_rope_head_dim(self) -> int:
@@ -151,7 +154,8 @@ class MlaAttention:
                 "belong to these weights."
             )
         fields = {FIELDS[name]: tensor for name, tensor in tensors.items()}
-        return cls(**fields, rope_index=shape.rope_index)  # type: ignore[arg-type]
+        bits = {"latent_bits": shape.latent_bits, "rope_bits": shape.rope_bits}
+        return cls(**fields, rope_index=shape.rope_index, **bits)  # type: ignore[arg-type]
 
     @classmethod
     def from_module(cls, attention: nn.Module, shape: MlaShape, where: str) -> MlaAttention:

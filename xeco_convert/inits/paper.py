@@ -105,6 +105,7 @@ class _PaperLayers:
     def layers(self, plan: ConversionPlan) -> Iterator[ConvertedLayer]:
         """Each layer from its weights."""
         from xeco_convert.factorize.joint_svd import paper_errors, paper_factors
+        from xeco_convert.factorize.spread import with_codes
 
         for done, item in enumerate(plan.converted):
             share = (self._passes - 1 + done / len(plan.converted)) / self._passes
@@ -112,6 +113,7 @@ class _PaperLayers:
             source = self._read(item.layer)
             factors = paper_factors(source, item.shape)
             errors = paper_errors(source, factors, item.shape)
+            factors = with_codes(factors, item.shape.latent_bits, item.shape.rope_bits)
             yield ConvertedLayer(layer=item.layer, source=source, factors=factors, errors=errors)
 
     def _read(self, layer: int) -> SourceAttention:

@@ -28,6 +28,7 @@ fused: Any
 try:
     from xeco_convert.ops import fused
     from xeco_convert.ops.choice import AttentionCall, choose, explain, fused_obstacle
+    from xeco_convert.ops.packed_rows import as_cached, pack_rows, unpack_rows
     from xeco_convert.ops.torch_attention import (
         absorbed_attention,
         common_dtype,
@@ -44,6 +45,7 @@ except ImportError:  # remote code on a machine without the package: the files w
         reference_expanded_attention,
         rotate,
     )
+    from .xeco_packed_rows import as_cached, pack_rows, unpack_rows  # type: ignore[no-redef]
 
     fused = None
 
@@ -51,7 +53,8 @@ except ImportError:  # remote code on a machine without the package: the files w
 class LatentSelfAttention(nn.Module):
     """Multi-head latent attention in place of a source layer's attention, with the same call and the stock cache.
 
-    Caches the latent [B, 1, T, R] as keys and the rotated shared key [B, 1, T, P] as values, and nothing else. Queries
+    Caches the latent [B, 1, T, R] as keys and the rotated shared key [B, 1, T, P] as values, and nothing else; where the layer
+    says so in codes of 8 or 4 bits with a scale for each token, [B, 1, T, bytes] of uint8 (ops/packed_rows.py). Queries
     attend to the latents themselves, in compiled kernels where these serve, or the latents are expanded to keys and values
     where that is less work: ops/choice.py decides for each call, XECO_ATTENTION=reference|fused|sdpa decides for it, and
     `explain_choice` says why. All give the same result up to rounding.
@@ -84,6 +87,7 @@ class LatentSelfAttention(nn.Module):
         self.q_lora_rank = layer.q_lora_rank
         self.q_norm_of_all = layer.q_norm == "all"
         self.logit_softcap = layer.logit_softcap
+        self.latent_bits, self.rope_bits, self.is_packed = layer.latent_bits, layer.rope_bits, layer.is_packed
         self.rope_index = layer.rope_index
         # the source's order, which differs between families, for arguments that come without a name
         self._positional = tuple(inspect.signature(type(source).forward).parameters)[2:]
@@ -136,14 +140,34 @@ class LatentSelfAttention(nn.Module):
         c_kv, k_rope = self._latents(hidden_states)
         q_rope = rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))
         k_rope = rotate(k_rope, cos, sin)
-        if cache is not None:
-            c_kv, k_rope = self._update(cache, c_kv, k_rope)
+        c_kv, k_rope = self._cached(cache, c_kv, k_rope)
         if mask is None and c_kv.shape[1] > hidden_states.shape[1] > 1:
             # transformers leaves the mask out for the prefill of an empty static cache: the slots behind it are still unused
             c_kv, k_rope = c_kv[:, : hidden_states.shape[1]], k_rope[:, : hidden_states.shape[1]]
         needs_weights = self._needs_weights(bool(named.get("output_attentions")))
         out_BQHV, weights = self._attend(q_nope, q_rope, c_kv, k_rope, mask, needs_weights)
         return self.o_proj(out_BQHV.flatten(2)), weights
+
+    def _cached(self, cache: Any, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """All latents [B, T, R] and rotated keys [B, T, P] to attend to: the new ones behind those of the cache. What is cached
+        in codes comes as codes (uint8), or where there is no cache, or gradients flow, as the codes would give it back."""
+        if not self.is_packed:
+            return (c_kv, k_rope) if cache is None else self._update(cache, c_kv, k_rope)
+        if cache is None:
+            return as_cached(c_kv, self.latent_bits), as_cached(k_rope, self.rope_bits)
+        _refuse_other_codes(cache, self.layer_idx)
+        codes = self._update(cache, _packed(c_kv, self.latent_bits), _packed(k_rope, self.rope_bits))
+        if not (torch.is_grad_enabled() and (c_kv.requires_grad or k_rope.requires_grad)):
+            return codes
+        # gradients go to the new rows, which stand last in a cache that grows
+        latents, keys = self._widened(*codes, c_kv.dtype)
+        old = latents.shape[1] - c_kv.shape[1]
+        latents = torch.cat([latents[:, :old], as_cached(c_kv, self.latent_bits)], dim=1)
+        return latents, torch.cat([keys[:, :old], as_cached(k_rope, self.rope_bits)], dim=1)
+
+    def _widened(self, c_kv: Tensor, k_rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of the cache as numbers."""
+        return _unpacked(c_kv, self.latent_bits, dtype), _unpacked(k_rope, self.rope_bits, dtype)
 
     def _update(self, cache: Any, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """All cached latents [B, T, R] and rotated keys [B, T, P], the new ones among them."""
@@ -211,7 +235,7 @@ class LatentSelfAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, mask: Tensor | None, needs_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Heads' outputs [B, Q, H, V], and the weights where they are needed."""
-        dtype = common_dtype(q_nope, q_rope, c_kv, k_rope)
+        dtype = common_dtype(*(rows for rows in (q_nope, q_rope, c_kv, k_rope) if rows.dtype != torch.uint8))
         needs_gradients = torch.is_grad_enabled() and (q_nope.requires_grad or c_kv.requires_grad)
         sizes = (q_nope.shape[1], c_kv.shape[1], c_kv.device.type, dtype, needs_gradients, needs_weights)
         requested, ranges = _requested(), None
@@ -220,6 +244,10 @@ class LatentSelfAttention(nn.Module):
             ranges, obstacle = _ranges(mask, c_kv.shape[1])
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
         implementation = choose(call, requested).implementation
+        reads_codes = c_kv.dtype == k_rope.dtype == torch.uint8 and self.qk_rope_head_dim > 0
+        reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type)
+        if self.is_packed and not reads_codes:
+            c_kv, k_rope = self._widened(c_kv, k_rope, q_nope.dtype)
         if implementation == "reference" or (self.logit_softcap is not None and implementation != "fused"):
             over_latents = implementation != "expanded" and call.weight_obstacle is None
             out, weights = self._attend_reference(q_nope, q_rope, c_kv, k_rope, mask, over_latents)
@@ -240,6 +268,7 @@ class LatentSelfAttention(nn.Module):
                 softcap=self.logit_softcap,
                 dtype=dtype,
                 ranges=ranges,
+                bits=(self.latent_bits, self.rope_bits) if reads_codes else None,
             )
         else:
             out_BQHR = absorbed_attention(
@@ -357,6 +386,27 @@ class LatentSelfAttention(nn.Module):
             scale=self.scaling,
         )
         return out[..., : self.v_head_dim].transpose(1, 2)
+
+
+def _packed(rows: Tensor, bits: int) -> Tensor:
+    """Rows as the cache holds them."""
+    return rows if bits == 16 else pack_rows(rows, bits)
+
+
+def _unpacked(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the cache as attention reads them."""
+    return unpack_rows(rows, bits, dtype) if rows.dtype == torch.uint8 else rows
+
+
+def _refuse_other_codes(cache: Any, layer_idx: int) -> None:
+    """Raises `ValueError` for a cache that would quantise the codes once more."""
+    layers = getattr(cache, "layers", None) or ()
+    kinds = {base.__name__ for layer in layers for base in type(layer).__mro__}
+    if any("Quantized" in kind for kind in kinds):
+        raise ValueError(
+            f"layer {layer_idx}: this model caches codes of its own (latent_bits and rope_bits in config.json), found a quantised "
+            "cache, which would quantise them again; generate without cache_implementation='quantized'"
+        )
 
 
 def _foreign_weight(linear: nn.Module) -> str | None:

@@ -29,9 +29,14 @@ CODE_FILES = (
     "layer_xeco.py",
     "xeco_latent_attention.py",
     "xeco_choice.py",
+    "xeco_packed_rows.py",
 )
 # Those of xeco_convert/ops, by the name that they have there.
-_OF_OPS = {"xeco_latent_attention.py": "torch_attention.py", "xeco_choice.py": "choice.py"}
+_OF_OPS = {
+    "xeco_latent_attention.py": "torch_attention.py",
+    "xeco_choice.py": "choice.py",
+    "xeco_packed_rows.py": "packed_rows.py",
+}
 # Between the name of a model around a text model and the kind of its class: XecoLlavaMultimodalConfig. Without it the
 # classes of Gemma 3 would be those of its text model.
 MULTIMODAL = "Multimodal"
@@ -72,6 +77,15 @@ class XecoConfigMixin(CodeBesideWeights):
         kept_width = 2 * groups * self.head_dim_or_default()
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
         return [kept_width if layer is None else layer.cache_width for layer in layers]
+
+    def kv_cache_bytes_per_token(self, number_bytes: int) -> list[int]:
+        """Bytes that each layer caches per token where a number of the model has `number_bytes`, scales of codes included."""
+        numbers = self.kv_cache_numbers_per_token()
+        layers = [self.layer(index) for index in range(self.num_hidden_layers)]
+        return [
+            count * number_bytes if layer is None else layer.cache_bytes(number_bytes)
+            for layer, count in zip(layers, numbers, strict=True)
+        ]
 
     def head_dim_or_default(self) -> int:
         """head_dim, which some configurations leave to be computed."""

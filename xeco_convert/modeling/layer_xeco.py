@@ -14,6 +14,9 @@ from typing import Any
 
 _WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _BIASES = ("q", "k", "v", "kv_a", "kv_b", "o")
+CACHE_BITS = (16, 8, 4)  # of a cached number; 16 stands for the numbers themselves, in the model's dtype
+_BITS = ("latent_bits", "rope_bits")
+_SCALE_BYTES = 2  # the scale of a row in 8 or 4 bits
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -37,12 +40,21 @@ _ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "q_norm": lambda value: value in (None, "head", "all"),
     "k_norm": lambda value: value in (None, "head", "all"),
     "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+    "latent_bits": lambda value: type(value) is int and value in CACHE_BITS,
+    "rope_bits": lambda value: type(value) is int and value in CACHE_BITS,
 }
 
 
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def row_bytes(width: int, bits: int, number_bytes: int) -> int:
+    """Bytes of a cached row of `width` numbers: at 16 bits numbers of `number_bytes`, else codes and their scale."""
+    if width == 0 or bits == 16:
+        return width * number_bytes
+    return width * bits // 8 + _SCALE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,8 @@ class MlaLayer:
     rows, and qk_nope_head_dim is the source's head_dim. `k_norm` is the same of the keys: the source's k_proj, k_norm and
     v_proj stay (`biases` may name k and v), and kv_a_proj_with_mqa reads normalised keys and values of all groups in place of
     the layer's input; the source's head_dim is v_head_dim then. `logit_softcap` bounds the scores: cap · tanh(score / cap).
+    `latent_bits` and `rope_bits`: how latent and rotary key are cached, 16 for the numbers themselves, 8 or 4 for codes with a
+    scale for each token.
     """
 
     kv_lora_rank: int
@@ -69,6 +83,8 @@ class MlaLayer:
     q_norm: str | None = None
     k_norm: str | None = None
     logit_softcap: float | None = None
+    latent_bits: int = 16
+    rope_bits: int = 16
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
@@ -88,6 +104,8 @@ class MlaLayer:
         layer = MlaLayer(
             **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
         )
+        if layer.latent_bits == 4 and layer.kv_lora_rank % 2:
+            raise ValueError(f"mla_layers: a latent in 4 bits needs an even kv_lora_rank, found {layer.kv_lora_rank}")
         if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
@@ -99,7 +117,8 @@ class MlaLayer:
         entry = self._widths()
         entry["rope_index"] = None if self.rope_index is None else list(self.rope_index)
         entry["biases"] = list(self.biases)
-        return entry
+        # older releases know no bits: they read what they can, and refuse the rest
+        return {name: value for name, value in entry.items() if name not in _BITS or value != 16}
 
     def in_model(self, config: Any) -> MlaShape:
         """The layer in a model of this configuration (of the source, or of the converted model)."""
@@ -122,6 +141,16 @@ class MlaLayer:
     def cache_width(self) -> int:
         """Numbers cached per token: the latent and the one rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether latent or rotary key are cached in codes."""
+        return self.latent_bits < 16 or self.rope_bits < 16
+
+    def cache_bytes(self, number_bytes: int) -> int:
+        """Bytes cached per token, scales included; `number_bytes` is the size of a number of the model."""
+        latent = row_bytes(self.kv_lora_rank, self.latent_bits, number_bytes)
+        return latent + row_bytes(self.qk_rope_head_dim, self.rope_bits, number_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,8 +207,12 @@ def _weights(masked_scores_BHQT: Tensor, lse_BHQ: Tensor) -> Tensor:
 
 
 def _check(op: str, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, *settings: Any) -> None:
-    rule = Rule(*settings)
     check_attention_inputs(op, q_latent, q_rope, c_kv, k_rope)
+    check_settings(op, q_latent, Rule(*settings))
+
+
+def check_settings(op: str, q_latent: Tensor, rule: Rule) -> None:
+    """The rule's numbers, and its tensors but for their values."""
     check_rule(op, causal=rule.causal, window=rule.window, softcap=rule.softcap)
     for name in ("starts", "ends", "query_positions"):
         check_integers(op, name, getattr(rule, name), "[B]", (q_latent.shape[0],), q_latent)
@@ -228,9 +232,10 @@ def _check_saved(q_latent: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Ten
         check_tensor(op, "d_lse", d_lse, "[B, H, Q]", (batch, num_heads, num_queries), lse)
 
 
-def _check_ranges(
+def check_ranges(
     op: str, num_tokens: int, starts: Tensor | None, ends: Tensor | None, query_positions: Tensor | None
 ) -> None:
+    """Ranges within a cache of so many tokens. Reads the data."""
     check_values(op, "starts", starts, 0, num_tokens)
     check_values(op, "ends", ends, 0, num_tokens)
     check_values(op, "query_positions", query_positions, -_MAX_POSITION, _MAX_POSITION)
@@ -242,7 +247,7 @@ def _forward_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     if first_loaded_for(q_latent):
         return cast(tuple[Tensor, Tensor], torch.ops.xeco.latent_attention(*arguments))
     _check(_OP, *arguments)
-    _check_ranges(_OP, c_kv.shape[1], *ranges)
+    check_ranges(_OP, c_kv.shape[1], *ranges)
     return latent_attention_reference(*arguments)
 
 
@@ -253,7 +258,7 @@ def _backward_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "latent_attention_backward"
     _check(op, q_latent, q_rope, c_kv, k_rope, *rule)
     _check_saved(q_latent, d_out, d_lse, out, lse)
-    _check_ranges(op, c_kv.shape[1], *rule[:3])
+    check_ranges(op, c_kv.shape[1], *rule[:3])
     return latent_attention_backward_reference(*arguments)
 
 

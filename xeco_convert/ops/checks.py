@@ -44,12 +44,17 @@ def check_attention_inputs(
     check_tensor(op, "c_kv", c_kv, rows[0], (None if paged else batch, None, rank), q_latent)
     check_tensor(op, "k_rope", k_rope, rows[1], (c_kv.shape[0], c_kv.shape[1], rope), q_latent)
     check_float(op, "q_latent", q_latent)
+    check_widths(op, rank, rope)
+    if paged and c_kv.shape[1] == 0:
+        raise ValueError(f"{op}: c_kv: expected pages of at least one token, got {list(c_kv.shape)}")
+
+
+def check_widths(op: str, rank: int, rope: int) -> None:
+    """Widths that the kernels take."""
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{op}: q_latent: expected a width (kv_lora_rank) from 1 to {MAX_RANK}, got {rank}")
     if not 1 <= rope <= MAX_ROPE:
         raise ValueError(f"{op}: q_rope: expected a width (qk_rope_head_dim) from 1 to {MAX_ROPE}, got {rope}")
-    if paged and c_kv.shape[1] == 0:
-        raise ValueError(f"{op}: c_kv: expected pages of at least one token, got {list(c_kv.shape)}")
 
 
 def check_rule(op: str, *, causal: bool, window: int, softcap: float) -> None:

@@ -21,7 +21,7 @@ from xeco_convert.errors import XecoError
 
 NAME = "xeco_convert._C"
 # as csrc/include/xeco/dispatch.h lists them: needed where the extension is missing, and compared with it by tests/csrc/
-CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE_NAME = "xeco_convert._device"
 DEVICE_DTYPES = (torch.bfloat16, torch.float16)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from xeco_convert.ops._latent_attention import dense, latent_attention
 from xeco_convert.ops._latent_attention_decode import latent_attention_decode
+from xeco_convert.ops._latent_attention_packed import latent_attention_packed
 from xeco_convert.ops.extension import kernel_obstacle
 from xeco_convert.ops.mask_ranges import Ranges, ranges_of
 
-__all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "unasked_obstacle"]
+__all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "reads_codes", "unasked_obstacle"]
 
 
 def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
@@ -20,6 +21,11 @@ def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         # An emulated AMD GPU has run them, no real one: nobody shall be the first without knowing.
         return "the kernels have not run on an AMD GPU yet: XECO_ATTENTION=fused takes them"
     return obstacle
+
+
+def reads_codes(device_type: str) -> bool:
+    """Whether the kernels of a device read rows of codes as they lie; elsewhere rows are widened first."""
+    return device_type == "cpu"
 
 
 def fused_attention(
@@ -32,18 +38,33 @@ def fused_attention(
     dtype: torch.dtype,
     softcap: float | None = None,
     ranges: Ranges | None = None,
+    bits: tuple[int, int] | None = None,
 ) -> Tensor:
     """`latent_attention` of the model: q_latent [B, Q, H, R], q_rope [B, Q, H, P], c_kv [B, T, R], k_rope [B, T, P] -> out.
 
     They are brought to one dtype first (autocast leaves rotated keys in float32). softcap bounds the scores.
     ranges: what the mask says, for B sequences or for one that stands for all; None: the queries are the last of T tokens,
-    in causal order.
+    in causal order. bits: c_kv and k_rope are codes of so many bits, which only `reads_codes` devices take.
     """
-    tensors = [dense(tensor.to(dtype)) for tensor in (q_latent, q_rope, c_kv, k_rope)]
+    queries = [dense(tensor.to(dtype)) for tensor in (q_latent, q_rope)]
+    rows = [c_kv, k_rope] if bits is not None else [dense(tensor.to(dtype)) for tensor in (c_kv, k_rope)]
+    tensors = queries + rows
     starts = ends = positions = window = None
     if ranges is not None:
         starts, ends, positions = (_for_each(x, q_latent.shape[0]) for x in ranges[:3])
         window = ranges.window
+    if bits is not None:
+        return latent_attention_packed(
+            *tensors,
+            latent_bits=bits[0],
+            rope_bits=bits[1],
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            starts=starts,
+            ends=ends,
+            query_positions=positions,
+            window=window,
+        )[0]
     # One query sees an interval, whatever window made it: starts and lengths say it all.
     if q_latent.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return latent_attention_decode(

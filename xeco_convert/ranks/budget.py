@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from xeco_convert.errors import OptionError
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Size = Callable[[Widths], int]  # what some widths cache per token
+
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
 _MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
+_LEAST_CANDIDATES = 12  # of each number of bits where several are on offer
 
 
 @RANK_POLICIES.add
@@ -34,6 +37,7 @@ class KvBudget(RankPolicy):
         "rope_dim": "--rope-dim: a KV size chooses the rotary width itself; give --rank with it, or leave it out."
     }
     needs_costs = True
+    chooses_bits = True
 
     kv_size: str | None = option(
         "Size of the KV cache as a share of the source's, e.g. 25%; split over layers, latent and rotary key by sensitivity.",
@@ -60,24 +64,23 @@ class KvBudget(RankPolicy):
         return self.rank_multiple or default_multiple(facts.cache_width)
 
     def budget(self, facts: CacheFacts) -> int:
+        total = self.kv_bytes_per_token or 0
         if self.kv_size is not None:
-            total = int(parse_share(self.kv_size) * facts.numbers_before + 1e-9)
-        else:
-            total = (self.kv_bytes_per_token or 0) // facts.number_bytes
-        return total - facts.numbers_kept
+            total = int(parse_share(self.kv_size) * facts.numbers_before * facts.number_bytes + 1e-9)
+        return total - facts.numbers_kept * facts.number_bytes
 
     def check_source(self, facts: CacheFacts) -> None:
         """Refuse a budget below one step for latent and rotary key in each layer, or below what kept layers take."""
         budget, multiple = self.budget(facts), self.multiple(facts)
-        least = (multiple + rope_step(multiple)) * facts.num_layers
+        least = min(facts.layer_bytes(_smallest(multiple, bits)) for bits in facts.bits) * facts.num_layers
         if budget >= least:
             return
-        smallest, available = least + facts.numbers_kept, budget + facts.numbers_kept
+        before, kept = (numbers * facts.number_bytes for numbers in (facts.numbers_before, facts.numbers_kept))
         flag = "--kv-size" if self.kv_size is not None else "--kv-bytes-per-token"
         raise OptionError(
-            f"{flag}: expected at least {smallest / facts.numbers_before:.1%} ({smallest} numbers per token, "
-            f"{smallest * facts.number_bytes} bytes) for {facts.num_layers} converted layers in steps of {multiple}, found "
-            f"{available / facts.numbers_before:.1%} ({available} numbers); allow more, or lower --rank-multiple."
+            f"{flag}: expected at least {(least + kept) / before:.1%} ({least + kept} bytes per token) for {facts.num_layers} "
+            f"converted layers in steps of {multiple}, found {(budget + kept) / before:.1%} ({budget + kept} bytes); allow more, "
+            "lower --rank-multiple, or cache fewer bits (--cache-bits)."
         )
 
     def describe(self, facts: CacheFacts, widths: Widths, default: str) -> str:
@@ -86,11 +89,35 @@ class KvBudget(RankPolicy):
     def widths(self, survey: WidthSurvey, facts: CacheFacts, rope_dims: Sequence[int]) -> list[Widths]:
         budget, multiple = self.budget(facts), self.multiple(facts)
         average = budget / facts.num_layers
-        if facts.same_widths:
-            offers = full_splits(facts.full_rank, facts.most_rope_dim, multiple, int(average))
-            return list(same_widths(survey.costs(offers, average), budget))
-        offers = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, average)
-        return list(split_budget(survey.costs(offers, average), budget))
+        offers: list[Widths] = []
+        for bits in facts.bits:
+            numbers = affordable_numbers(average, bits, facts)
+            if numbers < _smallest(multiple, bits).total:
+                continue
+            if facts.same_widths:
+                some = full_splits(facts.full_rank, facts.most_rope_dim, multiple, int(numbers))
+            else:
+                most = max(_LEAST_CANDIDATES, _MOST_CANDIDATES // len(facts.bits))
+                some = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, numbers, most=most)
+            offers += [replace(widths, latent_bits=bits[0], rope_bits=bits[1]) for widths in some]
+        choose = same_widths if facts.same_widths else split_budget
+        return list(choose(survey.costs(offers, average), budget, facts.layer_bytes))
+
+
+def affordable_numbers(size: float, bits: tuple[int, int], facts: CacheFacts) -> float:
+    """Numbers of a layer in so many bits that `size` bytes pay for, at an even split between latent and rotary key."""
+    some = Widths(kv_lora_rank=256, qk_rope_head_dim=256, latent_bits=bits[0], rope_bits=bits[1])
+    twice = replace(some, kv_lora_rank=512, qk_rope_head_dim=512)
+    for_each = (facts.layer_bytes(twice) - facts.layer_bytes(some)) / some.total
+    scales = facts.layer_bytes(some) - for_each * some.total
+    return (size - scales) / for_each
+
+
+def _smallest(multiple: int, bits: tuple[int, int]) -> Widths:
+    """The least widths in steps of `multiple`."""
+    return Widths(
+        kv_lora_rank=multiple, qk_rope_head_dim=rope_step(multiple), latent_bits=bits[0], rope_bits=bits[1]
+    )
 
 
 def default_multiple(cache_width: int) -> int:
@@ -101,8 +128,10 @@ def default_multiple(cache_width: int) -> int:
     return multiple
 
 
-def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: float) -> list[Widths]:
-    """Widths worth measuring around an average of `average` numbers per token and layer, at most about 24.
+def candidate_widths(
+    full_rank: int, most_rope: int, multiple: int, average: float, most: int = _MOST_CANDIDATES
+) -> list[Widths]:
+    """Widths worth measuring around an average of `average` numbers per token and layer, at most about `most`.
 
     Ranks in steps of `multiple`, rotary widths in half steps (the rotary key is the smaller part); sums from 0.4 to 2.2
     times the average, a rotary share from 1/8 to 3/4. The smallest of all is always there, so that a budget that can be
@@ -119,8 +148,8 @@ def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: flo
     every.sort(key=lambda widths: (widths.total, widths.qk_rope_head_dim))
     thinned = (
         every
-        if len(every) <= _MOST_CANDIDATES
-        else [every[round(number * (len(every) - 1) / (_MOST_CANDIDATES - 1))] for number in range(_MOST_CANDIDATES)]
+        if len(every) <= most
+        else [every[round(number * (len(every) - 1) / (most - 1))] for number in range(most)]
     )
     return thinned if least in thinned else [least, *thinned]
 
@@ -138,8 +167,10 @@ def full_splits(full_rank: int, most_rope: int, multiple: int, average: int) -> 
 
 def without_rotation(offers: Sequence[Widths], full_rank: int) -> list[Widths]:
     """The same sums for a layer that rotates nothing (NoPE): all of them latent, each sum once."""
-    totals = sorted({min(widths.total, full_rank) for widths in offers})
-    return [Widths(kv_lora_rank=total, qk_rope_head_dim=0) for total in totals]
+    sums = sorted({(min(widths.total, full_rank), widths.bits) for widths in offers})
+    return [
+        Widths(kv_lora_rank=total, qk_rope_head_dim=0, latent_bits=bits[0], rope_bits=bits[1]) for total, bits in sums
+    ]
 
 
 def rope_step(multiple: int) -> int:
@@ -147,31 +178,33 @@ def rope_step(multiple: int) -> int:
     return max(2, multiple // 2 // 2 * 2)
 
 
-def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[Widths, ...]:
-    """Widths for every layer whose totals stay within `budget` (numbers per token, all layers) at the least summed cost.
+def split_budget(
+    costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size = lambda widths: widths.total
+) -> tuple[Widths, ...]:
+    """Widths for every layer whose sizes stay within `budget` (of all layers per token, in the unit of `size_of`: numbers, or a
+    plan's bytes) at the least summed cost.
 
     `costs`: for each layer the expected cost of every width on offer. An exact dynamic programme over the budget. Raises
     `OptionError` that says the smallest possible budget where none fits.
     """
-    smallest = sum(min(widths.total for widths in offers) for offers in costs)
+    smallest = sum(min(map(size_of, offers)) for offers in costs)
     if smallest > budget:
-        raise OptionError(
-            f"a KV budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
-            "Allow more, or lower --rank-multiple."
-        )
+        raise _cannot_be_met(budget, smallest)
     import numpy as np  # not for --help
 
-    unit = math.gcd(*(widths.total for offers in costs for widths in offers))
+    unit = math.gcd(*(size_of(widths) for offers in costs for widths in offers))
     steps = budget // unit
     best = np.zeros(steps + 1)  # least cost of the layers so far within each budget
     picks: list[list[Widths | None]] = []
     for offers in costs:
-        best, pick = _add_layer(best, _cheapest_by_steps(offers, unit), steps)
+        best, pick = _add_layer(best, _cheapest_by_steps(offers, unit, size_of), steps)
         picks.append(pick)
-    return _trace(picks, steps, unit)
+    return _trace(picks, steps, unit, size_of)
 
 
-def same_widths(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[Widths, ...]:
+def same_widths(
+    costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size = lambda widths: widths.total
+) -> tuple[Widths, ...]:
     """The same widths for every layer that rotates, at the least summed cost; layers without rotation get the same rank.
 
     Raises `OptionError` that says the smallest possible budget where none fits.
@@ -179,24 +212,29 @@ def same_widths(costs: Sequence[Mapping[Widths, float]], budget: int) -> tuple[W
     rotated = [offers for offers in costs if any(widths.qk_rope_head_dim for widths in offers)] or list(costs)
     total = len(costs)
     common = set.intersection(*(set(offers) for offers in rotated))
-    fitting = [widths for widths in common if widths.total * total <= budget]
+    fitting = [widths for widths in common if size_of(widths) * total <= budget]
     if not fitting:
-        smallest = min(widths.total for widths in common) * total
-        raise OptionError(
-            f"a KV budget of {budget} numbers per token cannot be met; the smallest possible is {smallest}. "
-            "Allow more, or lower --rank-multiple."
-        )
-    key = lambda widths: (sum(offers[widths] for offers in rotated), widths.total, widths.kv_lora_rank)  # noqa: E731
+        raise _cannot_be_met(budget, min(map(size_of, common)) * total)
+    key = lambda widths: (sum(offers[widths] for offers in rotated), size_of(widths), widths.kv_lora_rank)  # noqa: E731
     best = min(fitting, key=key)
-    still = Widths(kv_lora_rank=best.kv_lora_rank, qk_rope_head_dim=0)
+    still = replace(best, qk_rope_head_dim=0)
     return tuple(best if any(widths.qk_rope_head_dim for widths in offers) else still for offers in costs)
 
 
-def _cheapest_by_steps(offers: Mapping[Widths, float], unit: int) -> dict[int, tuple[float, Widths]]:
-    """Of the widths with the same total the cheapest, by number of steps."""
+def _cannot_be_met(budget: int, smallest: int) -> OptionError:
+    return OptionError(
+        f"a KV budget of {budget} per token cannot be met; the smallest possible is {smallest}. "
+        "Allow more, or lower --rank-multiple."
+    )
+
+
+def _cheapest_by_steps(
+    offers: Mapping[Widths, float], unit: int, size_of: Size
+) -> dict[int, tuple[float, Widths]]:
+    """Of the widths with the same size the cheapest, by number of steps."""
     cheapest: dict[int, tuple[float, Widths]] = {}
     for widths, cost in offers.items():
-        size = widths.total // unit
+        size = size_of(widths) // unit
         if size not in cheapest or cost < cheapest[size][0]:
             cheapest[size] = (cost, widths)
     return cheapest
@@ -221,7 +259,9 @@ def _add_layer(
     return total, pick
 
 
-def _trace(picks: Sequence[Sequence[Widths | None]], steps: int, unit: int) -> tuple[Widths, ...]:
+def _trace(
+    picks: Sequence[Sequence[Widths | None]], steps: int, unit: int, size_of: Size
+) -> tuple[Widths, ...]:
     """The choices that led to the least cost, from the last layer back."""
     chosen: list[Widths] = []
     left = steps
@@ -229,5 +269,5 @@ def _trace(picks: Sequence[Sequence[Widths | None]], steps: int, unit: int) -> t
         widths = pick[left]
         assert widths is not None, "the smallest budget was checked"
         chosen.append(widths)
-        left -= widths.total // unit
+        left -= size_of(widths) // unit
     return tuple(reversed(chosen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -18,21 +18,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Cached numbers per token of one layer: the latent's and the rotary key's."""
+    """Cached numbers per token of one layer, the latent's and the rotary key's, and the bits of each."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
+    latent_bits: int = 16
+    rope_bits: int = 16
 
     @property
     def total(self) -> int:
+        """Numbers."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of the latent and of the rotary key."""
+        return self.latent_bits, self.rope_bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheFacts:
     """What a policy knows of the source before any weight is read. `cache_width`: numbers that the source caches per token
     and layer; `numbers_before` and `numbers_kept`: per token, of all layers and of those that keep their attention;
-    `full_rank` and `most_rope_dim`: the widest latent and rotary key of a layer; `same_widths`: all layers must get the same."""
+    `full_rank` and `most_rope_dim`: the widest latent and rotary key of a layer; `same_widths`: all layers must get the same;
+    `bits`: those of latent and rotary key that may be chosen; `layer_bytes`: what a layer of some widths caches per token."""
 
     cache_width: int
     num_layers: int
@@ -42,6 +51,8 @@ class CacheFacts:
     full_rank: int
     most_rope_dim: int
     same_widths: bool
+    bits: tuple[tuple[int, int], ...]
+    layer_bytes: Callable[[Widths], int]
 
 
 class WidthSurvey(Protocol):
@@ -52,7 +63,7 @@ class WidthSurvey(Protocol):
         ...
 
     def costs(self, offers: Sequence[Widths], average: float) -> list[dict[Widths, float]]:
-        """Expected KL at the model's output of every offer for every converted layer; `average`: numbers per token and layer
+        """Expected KL at the model's output of every offer for every converted layer; `average`: bytes per token and layer
         that are to be spent."""
         ...
 
@@ -63,7 +74,8 @@ class RankPolicy(ABC):
 
     `chosen_by`: the options of which one selects it. `sentences`: what to say where another of its options is given without
     them; `conflicts`: what to say of options that every conversion has and that have no meaning beside it. `needs_costs`:
-    whether it asks the survey for costs, which only calibration can measure. `is_final`: whether the widths follow from the
+    whether it asks the survey for costs, which only calibration can measure. `chooses_bits`: whether it chooses among several
+    numbers of bits. `is_final`: whether the widths follow from the
     options alone.
     """
 
@@ -73,6 +85,7 @@ class RankPolicy(ABC):
     sentences: ClassVar[Mapping[str, str]] = {}
     conflicts: ClassVar[Mapping[str, str]] = {}
     needs_costs: ClassVar[bool] = False
+    chooses_bits: ClassVar[bool] = False
     is_final: ClassVar[bool] = False
 
     @classmethod
@@ -85,7 +98,7 @@ class RankPolicy(ABC):
         return full_rank
 
     def budget(self, facts: CacheFacts) -> int | None:
-        """Numbers per token that the converted layers may cache together; None where no size of the cache was given."""
+        """Bytes per token that the converted layers may cache together; None where no size of the cache was given."""
         return None
 
     def check_source(self, facts: CacheFacts) -> None:

@@ -8,8 +8,8 @@ namespace xeco {
 
 // The one list of levels, lowest first: number and name. A level's kernels are in <op>/cpu/<name>.cpp, its name is that
 // of XECO_CPU_LEVEL and of CPU_LEVELS in xeco_convert/ops/extension.py (tests/csrc/ compares them).
-enum class CpuLevel { kBaseline = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-constexpr const char* kCpuLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+enum class CpuLevel { kBaseline = 0, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
+constexpr const char* kCpuLevelNames[] = {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 constexpr int kNumCpuLevels = sizeof(kCpuLevelNames) / sizeof(kCpuLevelNames[0]);
 static_assert(kNumCpuLevels == static_cast<int>(CpuLevel::kAmx) + 1, "a name for each level");
 

@@ -22,4 +22,9 @@ struct RowsView {
   int64_t outer_stride = 0, row_stride = 0;
 };
 
+// Bytes of a row of `width` codes of 8 or 4 bits, its scale at the end.
+constexpr int64_t kScaleBytes = 2;
+
+constexpr int64_t code_row_bytes(int64_t width, int64_t bits) { return width * bits / 8 + kScaleBytes; }
+
 }  // namespace xeco

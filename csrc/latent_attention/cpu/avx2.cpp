@@ -14,6 +14,7 @@
 
 namespace xeco {
 CpuKernels avx2_kernels(Dtype dtype) { return avx2::wide_kernels(dtype); }
+CpuKernels avx2_code_kernels(Dtype dtype) { return avx2::code_kernels(dtype); }
 }  // namespace xeco
 
 #endif

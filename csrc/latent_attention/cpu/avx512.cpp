@@ -14,6 +14,7 @@
 
 namespace xeco {
 CpuKernels avx512_kernels(Dtype dtype) { return avx512::wide_kernels(dtype); }
+CpuKernels avx512_code_kernels(Dtype dtype) { return avx512::code_kernels(dtype); }
 }  // namespace xeco
 
 #endif

@@ -140,7 +140,7 @@ class Backward {
     Engine::scores(tile, rank, rope, memory.q_latent, memory.q_rope, vectors, memory.scores);
     Engine::latent_scores(tile, rank, memory.d_out, vectors, memory.d_scores);
     differentiate(token, tokens, vectors, range, memory);
-    const Operand* d_panel = Engine::weight_panel(memory.d_scores, tokens, vectors, memory.weight_panel);
+    const Operand* d_panel = Engine::weight_panel(tile, memory.d_scores, tokens, vectors, memory.weight_panel);
     Engine::add_weighted_latents(tile, rank, rope, d_panel, vectors, memory.d_query);
     Engine::add_weighted_rope(tile, rank, rope, d_panel, vectors, memory.d_query + rank * panel.width());
     const Operand* d_rows = Engine::weight_rows(memory.d_scores, tokens, vectors, memory.weight_rows);

@@ -107,6 +107,7 @@ template <class Engine>
 class Forward {
   using Element = typename Engine::Element;
   using Storage = typename Element::Storage;
+  using Cached = typename Engine::Cached;
   using Operand = typename Engine::Operand;
 
  public:
@@ -234,7 +235,7 @@ class Forward {
                                         memory.scores, next);
         requested = true;
         softmax_tile(memory.scores, rows.tokens, vectors, rule, range, token, work.states[p], shape_.rank);
-        const Operand* weights = Engine::weight_panel(memory.scores, rows.tokens, vectors, memory.weights);
+        const Operand* weights = Engine::weight_panel(tile, memory.scores, rows.tokens, vectors, memory.weights);
         Engine::add_weighted_latents(tile, shape_.rank, 0, weights, vectors, work.states[p].sums);
       }
       token += rows.tokens;
@@ -243,9 +244,9 @@ class Forward {
   }
 
   // The tile that begins at `first`; of no tokens where none is left.
-  TileRows<Storage> tile_rows(int64_t batch, int64_t first, int64_t last) const {
+  TileRows<Cached> tile_rows(int64_t batch, int64_t first, int64_t last) const {
     if (first >= last) return {nullptr, 0, nullptr, 0, 0};
-    return token_rows<Storage>(shape_, params_.c_kv, params_.k_rope, batch, first, min(kTileTokens, last - first));
+    return token_rows<Cached>(shape_, params_.c_kv, params_.k_rope, batch, first, min(kTileTokens, last - first));
   }
 
   void merge_parts(int64_t group) {

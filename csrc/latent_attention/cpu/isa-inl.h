@@ -8,6 +8,8 @@
 
 #include "cpu/engine-inl.h"
 
+#include "cpu/codes-inl.h"
+
 #include "latent_attention/cpu/rows-inl.h"
 
 #include "latent_attention/cpu/forward-inl.h"

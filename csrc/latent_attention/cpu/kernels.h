@@ -26,4 +26,10 @@ CpuKernels avx512_kernels(Dtype dtype);
 CpuKernels avx512_bf16_kernels();
 CpuKernels amx_kernels();
 
+// Kernels over rows of 8- or 4-bit codes, in queries and results of the element type; without a backward pass.
+CpuKernels baseline_code_kernels(Dtype dtype);
+CpuKernels avx2_code_kernels(Dtype dtype);
+CpuKernels avx512_code_kernels(Dtype dtype);
+CpuKernels avx512_vnni_code_kernels(Dtype dtype);
+
 }  // namespace xeco

@@ -29,6 +29,16 @@ CpuKernels choose_kernels(const AttentionShape& shape) {
   return baseline_kernels(shape.dtype);
 }
 
+CpuKernels choose_code_kernels(const AttentionShape& shape) {
+#if defined(XECO_X86_KERNELS)
+  const CpuLevel level = cpu_level();
+  if (level >= CpuLevel::kAvx512Vnni) return avx512_vnni_code_kernels(shape.dtype);
+  if (level >= CpuLevel::kAvx512) return avx512_code_kernels(shape.dtype);
+  if (level >= CpuLevel::kAvx2) return avx2_code_kernels(shape.dtype);
+#endif
+  return baseline_code_kernels(shape.dtype);
+}
+
 // Calls body(T{}) with the type of a dtype's numbers.
 template <class Body>
 void with_type(Dtype dtype, const Body& body) {
@@ -128,7 +138,8 @@ struct Cpu {
   }
 
   void forward(const ForwardParams& params, const Tensor&) const {
-    choose_kernels(params.shape).forward(params, parallel_items);
+    const bool codes = params.shape.latent_bits < 16;
+    (codes ? choose_code_kernels(params.shape) : choose_kernels(params.shape)).forward(params, parallel_items);
   }
 
   void backward(BackwardParams& params, const SavedForward& saved, const TokenGradients& to, const Tensor& lse) const {
@@ -153,4 +164,5 @@ STABLE_TORCH_LIBRARY_IMPL(xeco, CPU, m) {
   m.impl("latent_attention", TORCH_BOX(&xeco::latent_attention<xeco::Cpu>));
   m.impl("latent_attention_backward", TORCH_BOX(&xeco::latent_attention_backward<xeco::Cpu>));
   m.impl("latent_attention_decode", TORCH_BOX(&xeco::latent_attention_decode<xeco::Cpu>));
+  m.impl("latent_attention_packed", TORCH_BOX(&xeco::latent_attention_packed<xeco::Cpu>));
 }

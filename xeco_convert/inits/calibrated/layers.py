@@ -25,6 +25,7 @@ from xeco_convert.factorize.closed_form import CalibratedLayer
 from xeco_convert.factorize.latent_norm import steady_basis, with_steady_basis
 from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.refit import ValueRefit
+from xeco_convert.factorize.spread import with_codes
 from xeco_convert.initialisation import ConvertedLayer, Progress
 from xeco_convert.inits.calibrated.key_weight import weighed_layer
 from xeco_convert.inits.calibrated.measurements import Measurements
@@ -94,12 +95,13 @@ class CalibratedLayers:
 
     def costs(self, offers: Sequence[Widths], average: float) -> list[dict[Widths, float]]:
         """By the sensitivity of each layer, and what refinement would leave of its error."""
-        survey = Survey(offers, average, [item.layer for item in self._plan.converted], self._windows)
+        size = self._plan.cache_facts.layer_bytes
+        survey = Survey(offers, average, [item.layer for item in self._plan.converted], self._windows, size)
         for view in self._surveyed_views(survey):
             source = self._measurements.source(view)
             probe = self._probe(view, source) if self._settings.refine else None
             tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
-            middle = min(offers, key=lambda offer: abs(offer.total - average))
+            middle = min(offers, key=lambda offer: abs(size(offer) - average))
             layer = self._weighed(view, source, middle)
             with self._watch.part("survey"):
                 survey.add(view, source, layer, probe, tell)
@@ -233,6 +235,7 @@ class CalibratedLayers:
         with self._watch.part("closed form"):
             exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
             closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
+            closed_form = with_codes(closed_form, shape.latent_bits, shape.rope_bits)
         with self._watch.part("refit"):
             factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
         with self._watch.part("measuring"):
