@@ -44,7 +44,7 @@ def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport)
 
 def test_a_size_out_of_reach_says_the_smallest_possible(report: SweepReport) -> None:
     (problem,) = report.problems()
-    assert problem.startswith("5%: --kv-size: expected at least 9.4% (48 numbers per token, 96 bytes)")
+    assert problem.startswith("5%: --kv-size: expected at least 9.4% (96 bytes per token)")
 
 
 def test_the_page_and_the_data_have_a_row_for_each_size(report: SweepReport) -> None:

@@ -48,9 +48,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     report = _report(Path(folder))
     stated = DTYPE_BYTES[STORED_AS.get(str(config.get("dtype") or config.get("torch_dtype")), "F32")]
     number_bytes = report.number_bytes or stated  # config.json may leave the dtype out; the report never does
-    layers = [
-        _layer(number, entry, kept[number], number_bytes, report.errors) for number, entry in enumerate(entries)
-    ]
+    layers = [_layer(number, entry, kept[number], number_bytes, report.errors) for number, entry in enumerate(entries)]
     conversion = conversion_record(config)
     return {
         "model_type": model_type,

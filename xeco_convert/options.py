@@ -14,8 +14,9 @@ from xeco_convert.settings import default_of, option, option_fields, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QK_NORMS = ("exact", "regression")
-# What --cache-bits stands for: bits of the latent and of the rotary key, of which one pair is chosen for each layer.
-CACHE_BITS = {"16": ((16, 16),), "8": ((8, 8),), "4": ((4, 8),), "auto": ((16, 16), (8, 8), (4, 8), (4, 4))}
+# What --cache-bits stands for: bits of the latent and of the rotary key. A KV size chooses among them for each layer, where
+# ranks are given it is the first.
+CACHE_BITS = {"16": ((16, 16),), "8": ((8, 8),), "4": ((4, 8), (4, 4)), "auto": ((16, 16), (8, 8), (4, 8), (4, 4))}
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -50,8 +51,8 @@ class ConvertOptions:
         False,
     )
     cache_bits: str = option(
-        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 (latents; rotary keys in 8), or auto, chosen for each "
-        "layer together with its widths (needs a KV size).",
+        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 (of latents; rotary keys get 8, or 4 where a KV size "
+        "chooses them), or auto, chosen for each layer together with its widths (needs a KV size).",
         "16",
         choices=tuple(CACHE_BITS),
     )
@@ -82,8 +83,10 @@ class ConvertOptions:
         self._check()
         policy = policy_from(values)
         object.__setattr__(self, "policy", policy)
-        if len(self.cache_bits_on_offer) > 1 and not policy.chooses_bits:
-            raise OptionError("--cache-bits auto: bits are chosen within a KV size: give --kv-size, or a number of bits.")
+        if self.cache_bits == "auto" and not policy.chooses_bits:
+            raise OptionError(
+                "--cache-bits auto: bits are chosen within a KV size: give --kv-size, or a number of bits."
+            )
         object.__setattr__(self, "initialisation", initialisation_from(self.init, values, policy))
 
     def _check(self) -> None:
@@ -104,7 +107,7 @@ class ConvertOptions:
     @property
     def cache_bits_on_offer(self) -> tuple[tuple[int, int], ...]:
         """Bits of latent and rotary key that layers may get."""
-        return CACHE_BITS[self.cache_bits]
+        return CACHE_BITS[self.cache_bits] if self.policy.chooses_bits else CACHE_BITS[self.cache_bits][:1]
 
     @property
     def has_latent_norm(self) -> bool:

@@ -126,7 +126,8 @@ class ConversionPlan:
         facts = self.cache_facts
         chosen = self.options.policy.widths(survey, facts, rope_dims)
         if len(facts.bits) == 1:  # policies that choose ranks alone leave the bits to the options
-            chosen = [dataclasses.replace(widths, **_bits(facts.bits[0])) for widths in chosen]
+            latent, rope = facts.bits[0]
+            chosen = [dataclasses.replace(widths, latent_bits=latent, rope_bits=rope) for widths in chosen]
         converted = tuple(
             dataclasses.replace(item, shape=_with_widths(item.shape, widths))
             for item, widths in zip(self.converted, chosen, strict=True)
@@ -228,10 +229,6 @@ def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:
     )
 
 
-def _bits(of_each: tuple[int, int]) -> dict[str, int]:
-    return dict(zip(("latent_bits", "rope_bits"), of_each, strict=True))
-
-
 def _num_weights(tensors: Mapping[str, tuple[int, ...]], *, matrices_only: bool = False) -> int:
     """Numbers in the weights of these tensors, without biases."""
     least = 2 if matrices_only else 1
@@ -269,6 +266,7 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
     full_q_rank = min(geometry.num_attention_heads * geometry.head_dim, geometry.hidden_size)
     require_at_most("--q-rank", options.q_rank, full_q_rank, "the full rank of the queries")
     keeps_keys = keeps_key_norm(source, options)
+    latent_bits, rope_bits = options.cache_bits_on_offer[0]
     return MlaShape(
         num_attention_heads=geometry.num_attention_heads,
         hidden_size=geometry.hidden_size,
@@ -282,7 +280,8 @@ def _layer_shape(options: ConvertOptions, biases: tuple[str, ...], source: Sourc
         q_norm=source.norm_of("q_norm"),
         k_norm=source.norm_of("k_norm") if keeps_keys else None,
         logit_softcap=source.logit_softcap,
-        **_bits(options.cache_bits_on_offer[0]),
+        latent_bits=latent_bits,
+        rope_bits=rope_bits,
         num_key_value_heads=geometry.num_key_value_heads if keeps_keys else 0,
     )
 

@@ -2,9 +2,10 @@
 // instruction (VPDPBUSD), summed in int32.
 //
 // The other factor, a query or the softmax weights of a tile, is rounded to integers of 15 bits in units of its largest
-// number / kLargest, and those are taken apart into two bytes: x = unit * (128 * high + low), |high| <= 127, |low| <= 64.
-// Its relative error of 3e-5 is far below that of the codes (2e-3 with 8 bits), and a sum of 512 products of two bytes
-// each fits into int32. (One byte would be faster by a seventh at 4 bits, and off by 1e-2.) Codes are unsigned; what their middle adds to each sum is taken off at the end:
+// number / kLargest, and those are taken apart into two bytes: x = unit * (128 * high + low), |high| <= 127, |low|
+// <= 64. Its relative error of 3e-5 is far below that of the codes (2e-3 with 8 bits), and a sum of 512 products of two
+// bytes each fits into int32. (One byte would be faster by a seventh at 4 bits, and off by 1e-2.) Codes are unsigned;
+// what their middle adds to each sum is taken off at the end:
 //
 //   sum over k of scale * (code_k - middle) * x_k = scale * (unit * sum of code_k * n_k - middle * unit * sum of n_k)
 //
@@ -44,10 +45,10 @@ XECO_INLINE TwoBytes taken_apart(__m512i number) {
 // Four vectors of small integers as the four bytes of each lane.
 XECO_INLINE __m512i side_by_side(const __m512i* four) {
   const __m512i byte = _mm512_set1_epi32(255);
-  const __m512i first = _mm512_or_si512(_mm512_and_si512(four[0], byte),
-                                        _mm512_slli_epi32(_mm512_and_si512(four[1], byte), 8));
-  const __m512i second = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(four[2], byte), 16),
-                                         _mm512_slli_epi32(four[3], 24));
+  const __m512i first =
+      _mm512_or_si512(_mm512_and_si512(four[0], byte), _mm512_slli_epi32(_mm512_and_si512(four[1], byte), 8));
+  const __m512i second =
+      _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(four[2], byte), 16), _mm512_slli_epi32(four[3], 24));
   return _mm512_or_si512(first, second);
 }
 
@@ -57,13 +58,14 @@ XECO_INLINE __m512i four_codes(const uint8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// sum += codes · bytes, four products in each lane. Written out: with the intrinsic, GCC 12 keeps a block's sums in memory.
+// sum += codes · bytes, four products in each lane. Written out: with the intrinsic, GCC 12 keeps a block's sums in
+// memory.
 XECO_INLINE void add_products(__m512i& sum, __m512i codes, __m512i bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(bytes));
 }
 
-// As gemm_block in cpu/gemm-inl.h, over codes: the four codes (i, k) lie at a + i * row_step + k * depth_step. C[i] (+)=
-// scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
+// As gemm_block in cpu/gemm-inl.h, over codes: the four codes (i, k) lie at a + i * row_step + k * depth_step. C[i]
+// (+)= scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
 template <int kRows, int kVectors, bool kAhead>
 XECO_INLINE void code_block(int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step, const CodePanel& b,
                             float middle, const float* scales, float* c, bool accumulate, const Ahead& ahead) {
@@ -225,16 +227,8 @@ struct VnniEngine {
       for (int64_t i = 0; i < 4; ++i) four[i] = codes + min(t + i, rows.tokens - 1) * stride;
       interleave_bytes(four, columns, by_column + t * columns);
     }
-    return {codes,
-            codes + padded(rank),
-            by_column,
-            stride,
-            columns,
-            rows.tokens,
-            scales,
-            scales + kTileTokens,
-            rows.latent_bits,
-            rows.rope_bits};
+    return {codes,  codes + padded(rank), by_column,        stride,        columns, rows.tokens,
+            scales, scales + kTileTokens, rows.latent_bits, rows.rope_bits};
   }
 
   template <bool kAhead = false>

@@ -40,7 +40,7 @@ struct AttentionShape {
   // Paged cache: token t of sequence b lies in row t % page_size of page block_table[b, t / page_size].
   const int32_t* block_table = nullptr;  // [B, max_pages], or null: contiguous
   int64_t block_table_stride = 0, page_size = 0;
-  int64_t num_pages = 0;             // pages that exist
+  int64_t num_pages = 0;  // pages that exist
   // Cached numbers: 16 stands for the dtype, 8 and 4 for codes with a scale for each row (cpu/codes-inl.h)
   int64_t latent_bits = 16, rope_bits = 16;
   bool queries_end_at_ends = false;  // without query_positions: the last one stands at ends[b] - 1

@@ -14,7 +14,7 @@ from xeco_convert.calibration import survey as surveying
 from xeco_convert.calibration.stream import SourceStream
 from xeco_convert.calibration.survey import (
     Survey,
-    best_of_total,
+    best_of_size,
     interpolated,
     probed_offers,
     refined_errors,
@@ -61,7 +61,7 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
     """Layer 1 alone converted at the branch's widths, and run by hand."""
     costs, survey = surveyed(llama)
     plan, windows = plan_for(llama), random_windows(8, 24)
-    branch = best_of_total(survey._layers[1].errors, 10)
+    branch = best_of_size(survey._layers[1].errors, 10)
     assert branch.total == 10
     stream, hidden = SourceStream(plan.source, windows, CPU), torch.empty(0)
     for view in stream.layers():
@@ -107,7 +107,7 @@ def test_beyond_the_most_branches_prices_are_interpolated(llama: Path, monkeypat
 
 def test_probes_are_the_best_of_a_few_totals_with_the_branch_first() -> None:
     errors = {offer(rank, rope): 1 / (rank + 2 * rope) for rank in range(4, 40, 4) for rope in (2, 4)}
-    branch = best_of_total(errors, 20)
+    branch = best_of_size(errors, 20)
     chosen = probed_offers(errors, branch)
     assert chosen[0] == branch and len(chosen) == len({each.total for each in chosen}) == surveying._MOST_PROBES
     totals = [each.total for each in errors]

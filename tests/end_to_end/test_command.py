@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Runner, llama: Path, 
         tmp_path / "plan.json",
     )
     assert "3 of 3 layers get kv_lora_rank 12, qk_rope_head_dim 4 (default), qk_nope_head_dim 4" in done.stdout
-    assert "KV cache: 96 -> 48 numbers per token (50.0%)" in done.stdout
+    assert "KV cache: 384 -> 192 bytes per token (50.0%)" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [layer["kv_numbers_after"] for layer in plan["layers"]] == [16, 16, 16]

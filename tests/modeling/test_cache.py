@@ -1,5 +1,6 @@
 """The cache holds the latent and the rotated rotary key, and nothing else: measured in bytes of the storages it keeps."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from builders import exact_model, random_ids, source_model
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache, cache_utils
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 BATCH, PREFILL, TOKENS = 2, 9, 21
 
@@ -177,3 +178,48 @@ def test_generation_with_the_quantised_cache_of_transformers(partly_without_rota
     ids = random_ids(BATCH, PREFILL)
     out = partly_without_rotation.generate(ids, attention_mask=torch.ones_like(ids), **settings, **quantised)
     assert out.shape == (BATCH, PREFILL + 5)
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("eight_bits", (12 + 2, 4 + 2)), ("four_bits", (6 + 2, 4 + 2))])
+def test_codes_take_the_bytes_that_the_configuration_counts(
+    kind: str, widths: tuple[int, int], model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    model = model_of(kind)
+    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    sizes = [(layer.keys, layer.values) for layer in cache.layers]
+    held = [sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in pair) for pair in sizes]
+    layers, numbers = [model.config.layer(index) for index in range(3)], model.config.kv_cache_numbers_per_token()
+    assert held == [4 * numbers[index] if layer is None else layer.cache_bytes(4) for index, layer in enumerate(layers)]
+    keys, values = sizes[0]
+    assert keys.dtype == values.dtype == torch.uint8 and (keys.shape[3], values.shape[3]) == widths
+
+
+@pytest.mark.parametrize("kind", ["eight_bits", "four_bits"])
+def test_a_cache_that_would_quantise_codes_again_is_refused(
+    kind: str, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    class Quantizing(QuantizedLayer):  # transformers' own needs a package to quantise with
+        _quantize = _dequantize = None
+        cumulative_length = 0
+
+        def __init__(self) -> None:
+            DynamicLayer.__init__(self)
+
+    cache = Cache(layers=[Quantizing() for _ in range(3)])
+    with pytest.raises(ValueError, match=r"layer 0: this model caches codes of its own .*found a quantised cache"):
+        model_of(kind)(random_ids(1, 5), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("kind", ["eight_bits", "four_bits"])
+def test_gradients_pass_through_codes_with_a_cache_and_without(
+    kind: str, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    model, ids = copy.deepcopy(model_of(kind)), random_ids(2, 9)
+    weight = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight
+    gradients = []
+    for use_cache in (False, True):
+        loss = model(ids, labels=ids, use_cache=use_cache).loss
+        gradients += torch.autograd.grad(loss, weight)
+    assert float(gradients[0].norm()) > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))

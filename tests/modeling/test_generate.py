@@ -71,7 +71,9 @@ def test_a_static_cache_holds_the_latent_widths(model_of: Callable[[str], PreTra
     assert [tuple(layer.values.shape) for layer in cache.layers] == [(2, 1, 32, 4)] * 3
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_exact", "qwen2_low_rank_queries", "hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama_exact", "qwen2_low_rank_queries", "hybrid", "eight_bits", "four_bits"]
+)
 def test_assisted_generation_equals_plain_greedy(kind: str, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, ids = model_of(kind), random_ids(1, 10)
     assistant = source_model("llama", seed=5)
@@ -113,7 +115,9 @@ def test_bfloat16_models_generate(model: PreTrainedModel) -> None:
     output = generate(rounded, random_ids(2, 10), return_dict_in_generate=True, output_logits=True)
     assert output.sequences.shape == (2, 10 + NEW_TOKENS)
     assert all(bool(logits.isfinite().all()) for logits in output.logits)
-    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    attention = [layer.self_attn for layer in rounded.model.layers]
+    kept = [torch.uint8 if getattr(each, "is_packed", False) else torch.bfloat16 for each in attention]
+    assert [layer.keys.dtype for layer in output.past_key_values.layers] == kept
 
 
 def test_the_text_generation_pipeline_takes_a_converted_folder(converted: Any) -> None:

@@ -48,7 +48,7 @@ def test_a_sensitive_layer_gets_more() -> None:
 def test_a_budget_that_cannot_be_met_names_the_smallest() -> None:
     costs = [{OFFERS[0]: 1.0, OFFERS[1]: 0.5}, {OFFERS[2]: 1.0}]
     assert split_budget(costs, 16) == (OFFERS[0], OFFERS[2])
-    with pytest.raises(OptionError, match=r"budget of 15 numbers per token .*smallest possible is 16.*--rank-multiple"):
+    with pytest.raises(OptionError, match=r"budget of 15 per token .*smallest possible is 16.*--rank-multiple"):
         split_budget(costs, 15)
 
 

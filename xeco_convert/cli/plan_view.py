@@ -89,10 +89,10 @@ def show_plan(plan: ConversionPlan, *, on_stdout: bool) -> None:
 
 def _bits_in_words(plan: ConversionPlan) -> str:
     """What a cached number is, where it is no number of the model."""
+    (latent, rope), *others = plan.cache_facts.bits
     if plan.options.cache_bits == "auto":
         return ", bits chosen for each layer"
-    latent, rope = plan.cache_facts.bits[0]
-    return "" if latent == 16 else f", latents in {latent} bits, rotary keys in {rope}"
+    return "" if latent == 16 else f", latents in {latent} bits, rotary keys in {rope}{' or 4' if others else ''}"
 
 
 def _widths_in_words(plan: ConversionPlan) -> str:

@@ -102,8 +102,7 @@ class CalibratedLayer:
             o_bias=None if source.o_bias is None else source.o_bias.double(),
             latent_norm_weight=rms.expand(kv_lora_rank).clone() if latent_norm else None,
             rope_index=tuple(self._components.frequency[:pairs].tolist()),
-            **self._kept_projections(),
-        )
+        ).with_tensors(self._kept_projections())
 
     def _on_inputs(self, maps: Tensor) -> Tensor:
         """Maps of κ as maps of what the converted layer computes them from: its input, or κ itself behind a norm of the keys."""

@@ -83,8 +83,8 @@ class MlaAttention:
     With a norm of the queries, q_weight (or q_b_weight) has N rows for each head, q_norm_weight is [N] or [H·N], and
     q_head_weight [H·(N+P), N] maps each head's normalised query to its un-rotated and rotary rows. With a norm of the keys,
     k_weight and v_weight [G·V, hidden] and k_norm_weight ([V] or [G·V]) are the source's, and kv_a_weight [R+P, 2·G·V] reads
-    κ = (normalised keys, values) of all groups. Of `latent_bits` and `rope_bits` below 16, latent and rotary key are what codes of
-    so many bits give back (ops/packed_rows.py).
+    κ = (normalised keys, values) of all groups. Where `latent_bits` or `rope_bits` are below 16, latent or rotary key are what
+    codes of so many bits give back (ops/packed_rows.py).
     """
 
     kv_a_weight: Tensor

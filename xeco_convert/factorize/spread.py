@@ -24,7 +24,8 @@ def spreading_map(rank: int, seed: int = 0) -> Tensor:
     index = torch.arange(rank, dtype=torch.float64)
     angle = 2 * torch.pi * torch.outer(index, index).remainder(rank) / rank
     signs = torch.randint(0, 2, (rank,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (angle.cos() + angle.sin()) * signs / rank**0.5
+    turn: Tensor = (angle.cos() + angle.sin()) * signs / rank**0.5
+    return turn
 
 
 def with_codes(mla: MlaAttention, latent_bits: int, rope_bits: int) -> MlaAttention:

@@ -404,8 +404,8 @@ def _refuse_other_codes(cache: Any, layer_idx: int) -> None:
     kinds = {base.__name__ for layer in layers for base in type(layer).__mro__}
     if any("Quantized" in kind for kind in kinds):
         raise ValueError(
-            f"layer {layer_idx}: this model caches codes of its own (latent_bits and rope_bits in config.json), found a quantised "
-            "cache, which would quantise them again; generate without cache_implementation='quantized'"
+            f"layer {layer_idx}: this model caches codes of its own (latent_bits and rope_bits in config.json), found a "
+            "quantised cache, which would quantise them again; generate without cache_implementation='quantized'"
         )
 
 

@@ -78,15 +78,6 @@ class XecoConfigMixin(CodeBesideWeights):
         layers = [self.layer(index) for index in range(self.num_hidden_layers)]
         return [kept_width if layer is None else layer.cache_width for layer in layers]
 
-    def kv_cache_bytes_per_token(self, number_bytes: int) -> list[int]:
-        """Bytes that each layer caches per token where a number of the model has `number_bytes`, scales of codes included."""
-        numbers = self.kv_cache_numbers_per_token()
-        layers = [self.layer(index) for index in range(self.num_hidden_layers)]
-        return [
-            count * number_bytes if layer is None else layer.cache_bytes(number_bytes)
-            for layer, count in zip(layers, numbers, strict=True)
-        ]
-
     def head_dim_or_default(self) -> int:
         """head_dim, which some configurations leave to be computed."""
         explicit: int | None = self.__dict__.get("head_dim")

@@ -47,7 +47,8 @@ def unpack_rows(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     scale = (low.to(torch.int32) << 16 | high.to(torch.int32) << 24).view(torch.float32)
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-    return ((codes.to(torch.float32) - (2**bits - 1) / 2) * scale).to(dtype)
+    rows: Tensor = (codes.to(torch.float32) - (2**bits - 1) / 2) * scale
+    return rows.to(dtype)
 
 
 def as_cached(rows: Tensor, bits: int) -> Tensor:

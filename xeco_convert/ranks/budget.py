@@ -115,9 +115,7 @@ def affordable_numbers(size: float, bits: tuple[int, int], facts: CacheFacts) ->
 
 def _smallest(multiple: int, bits: tuple[int, int]) -> Widths:
     """The least widths in steps of `multiple`."""
-    return Widths(
-        kv_lora_rank=multiple, qk_rope_head_dim=rope_step(multiple), latent_bits=bits[0], rope_bits=bits[1]
-    )
+    return Widths(kv_lora_rank=multiple, qk_rope_head_dim=rope_step(multiple), latent_bits=bits[0], rope_bits=bits[1])
 
 
 def default_multiple(cache_width: int) -> int:
@@ -228,9 +226,7 @@ def _cannot_be_met(budget: int, smallest: int) -> OptionError:
     )
 
 
-def _cheapest_by_steps(
-    offers: Mapping[Widths, float], unit: int, size_of: Size
-) -> dict[int, tuple[float, Widths]]:
+def _cheapest_by_steps(offers: Mapping[Widths, float], unit: int, size_of: Size) -> dict[int, tuple[float, Widths]]:
     """Of the widths with the same size the cheapest, by number of steps."""
     cheapest: dict[int, tuple[float, Widths]] = {}
     for widths, cost in offers.items():
@@ -259,9 +255,7 @@ def _add_layer(
     return total, pick
 
 
-def _trace(
-    picks: Sequence[Sequence[Widths | None]], steps: int, unit: int, size_of: Size
-) -> tuple[Widths, ...]:
+def _trace(picks: Sequence[Sequence[Widths | None]], steps: int, unit: int, size_of: Size) -> tuple[Widths, ...]:
     """The choices that led to the least cost, from the last layer back."""
     chosen: list[Widths] = []
     left = steps

@@ -98,6 +98,11 @@ def check_layer(number: int, layer: MlaLayer, window: int | None, settings: Serv
 
 
 def _obstacle(layer: MlaLayer, window: int | None, settings: ServingSettings) -> str | None:
+    if layer.is_packed:
+        return (
+            f"latents in {layer.latent_bits} and rotary keys in {layer.rope_bits} bits are read by transformers alone; vLLM's "
+            "pages hold numbers: serve with transformers, or convert without --cache-bits"
+        )
     if layer.logit_softcap is not None and "kv_b" in layer.biases:
         return "scores are capped and keys have a bias, which latent attention cannot leave out then; serve with transformers"
     if settings.device == "cpu":

@@ -86,9 +86,13 @@ XECO_INLINE TileRows<Storage> token_rows(const AttentionShape& shape, const Rows
     row = first % shape.page_size;
     count = min(count, shape.page_size - row);
   }
-  return {static_cast<const Storage*>(c_kv.data) + outer * c_kv.outer_stride + row * c_kv.row_stride, c_kv.row_stride,
+  return {static_cast<const Storage*>(c_kv.data) + outer * c_kv.outer_stride + row * c_kv.row_stride,
+          c_kv.row_stride,
           static_cast<const Storage*>(k_rope.data) + outer * k_rope.outer_stride + row * k_rope.row_stride,
-          k_rope.row_stride, count, shape.latent_bits, shape.rope_bits};
+          k_rope.row_stride,
+          count,
+          shape.latent_bits,
+          shape.rope_bits};
 }
 
 // Scores of a tile [tokens][w] become base-2 logits: scaled, capped, -inf where a row does not see a token.

@@ -112,6 +112,12 @@ def _mla_layers(config: Mapping[str, Any]) -> tuple[MlaLayer, ...]:
 
 def _check_attention(config: Mapping[str, Any], family: FamilySpec, layers: Sequence[MlaLayer]) -> None:
     """What stock classes cannot do, each with its reason."""
+    packed = [number for number, layer in enumerate(layers) if layer.is_packed]
+    if packed:
+        raise UnsupportedModelError(
+            f"config.json: layers {packed} cache latents in codes (--cache-bits), and a stock model caches numbers of its own "
+            "dtype; convert without --cache-bits."
+        )
     biases = sorted({name for layer in layers for name in layer.biases})
     reason = family.not_portable_because(config, biases)
     if reason is not None:

@@ -1,0 +1,173 @@
+"""--cache-bits from the options to the files: what is chosen, counted and said, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import VOCABULARY, build_checkpoint, random_ids, write_json
+from fresh import run_command
+from transformers import AutoModelForCausalLM
+
+import xeco_convert
+from xeco_convert.errors import OptionError, UnsupportedModelError
+from xeco_convert.export import export_checkpoint
+from xeco_convert.export.options import ExportOptions
+from xeco_convert.families import supported_model_types
+from xeco_convert.inspect_checkpoint import inspect_checkpoint
+from xeco_convert.modeling.layer_xeco import MlaLayer
+from xeco_convert.options import CACHE_BITS, ConvertOptions
+from xeco_convert.vllm.support import ServingSettings, check_layer
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+VARIANT_OF = {"gemma3_text": "gemma3", "phi3": "phi3_partial"}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("tokens") / "tokens.json"
+    write_json(file, torch.randint(3, VOCABULARY, (28, 40), generator=torch.Generator().manual_seed(7)).tolist())
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def convert(tokens: str) -> Callable[..., Any]:
+    settings = {"calibration": tokens, "calibration_tokens": 1024}
+    return lambda source, output, **options: xeco_convert.convert(source, output, **settings, **options)
+
+
+def cached_bytes(folder: Path) -> list[int]:
+    """What each layer really holds for a token."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        cache = model(random_ids(1, 5), use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in pair) for pair in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", supported_model_types())
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_every_family_is_cached_in_codes(family: str, bits: str, convert: Callable[..., Any], tmp_path: Path) -> None:
+    source = build_checkpoint(tmp_path / "source", VARIANT_OF.get(family, family), tokenizer=True)
+    report = convert(source, tmp_path / "out", rank=8, rope_dim=4, cache_bits=bits, verify=True)
+    held, planned = cached_bytes(tmp_path / "out"), [layer.kv_bytes_after for layer in report.layers]
+    converted = [layer for layer in report.layers if layer.latent_bits is not None]
+    assert converted and all((layer.latent_bits, layer.rope_bits) == CACHE_BITS[bits][0] for layer in converted)
+    for layer in converted:
+        rope = layer.qk_rope_head_dim or 0
+        size = 8 * int(bits) // 8 + 2 + (rope + 2 if rope else 0)
+        assert held[layer.layer] == planned[layer.layer] == size
+
+
+@pytest.mark.parametrize("bits", CACHE_BITS)
+def test_a_kv_size_is_met_in_bytes_and_said_everywhere(
+    bits: str, llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    report = convert(llama, tmp_path / "out", kv_size="30%", rank_multiple=2, cache_bits=bits)
+    chosen = {(layer.latent_bits, layer.rope_bits) for layer in report.layers}
+    assert chosen <= set(CACHE_BITS[bits])
+    assert 0.2 < report.kv_share <= 0.3
+    assert sum(cached_bytes(tmp_path / "out")) == report.kv_bytes_after
+    facts = inspect_checkpoint(tmp_path / "out")
+    assert (facts["kv_bytes_before"], facts["kv_bytes_after"]) == (report.kv_bytes_before, report.kv_bytes_after)
+    assert f"| {report.kv_bytes_after} " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    entries = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["mla_layers"]
+    assert all(("latent_bits" in entry) == (bits != "16") for entry in entries if bits != "auto")
+
+
+def test_fewer_bits_leave_more_numbers_and_a_smaller_loss(
+    llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    reports = {
+        bits: convert(llama, tmp_path / bits, kv_size="30%", rank_multiple=2, cache_bits=bits) for bits in ("16", "4")
+    }
+    numbers = {bits: sum(layer.kv_numbers_after for layer in report.layers) for bits, report in reports.items()}
+    assert numbers["4"] > 2 * numbers["16"]
+    assert reports["4"].summary["fidelity"]["kl"] < 0.7 * reports["16"].summary["fidelity"]["kl"]
+
+
+@pytest.mark.parametrize("init", ["paper", "calibrated"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_every_initialisation_turns_its_latents(
+    init: str, norm: bool, llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At 8 bits the result is that of 16 bits up to their rounding."""
+    options: dict[str, Any] = {"rank": 12, "rope_dim": 4, "init": init, "latent_norm": norm}
+    if init == "paper":
+        make: Callable[..., Any] = xeco_convert.convert
+    else:
+        make = convert
+    logits = []
+    for bits in ("16", "8"):
+        make(llama, tmp_path / bits, cache_bits=bits, **options)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / bits).eval()
+        logits.append(model(random_ids(2, 20)).logits.detach())
+    assert 0 < float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.05
+
+
+def test_refinement_trains_through_the_codes(llama: Path, convert: Callable[..., Any], tmp_path: Path) -> None:
+    options = {"rank": 8, "rope_dim": 4, "cache_bits": "4"}
+    plain = convert(llama, tmp_path / "plain", **options)
+    refined = convert(llama, tmp_path / "refined", refine=True, refine_steps=20, **options)
+    assert refined.summary["fidelity"]["kl"] < plain.summary["fidelity"]["kl"]
+    assert all(layer.latent_bits == 4 for layer in refined.layers)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no such bits": ({"rank": 8, "cache_bits": "3"}, r"--cache-bits: expected one of 16, 8, 4, auto, found 3"),
+    "bits to choose without a size": ({"rank": 8, "cache_bits": "auto"}, r"--cache-bits auto: .*give --kv-size"),
+    "an odd rank": ({"rank": 7, "cache_bits": "4"}, r"--cache-bits: a latent in 4 bits needs an even rank, found 7"),
+    "a size below one step": (
+        {"kv_size": "2%", "cache_bits": "4"},
+        r"--kv-size: expected at least .*bytes per token.*--rank-multiple, or cache fewer bits \(--cache-bits\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_one_sentence(case: str, llama: Path, tmp_path: Path) -> None:
+    options, sentence = REFUSED[case]
+    with pytest.raises(OptionError, match=sentence):
+        xeco_convert.convert(llama, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_whose_pages_hold_numbers_refuse_codes(
+    llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    convert(llama, tmp_path / "out", rank=8, rope_dim=4, portable=True, cache_bits="8")
+    with pytest.raises(UnsupportedModelError, match=r"layers \[0, 1, 2\] cache latents in codes \(--cache-bits\)"):
+        export_checkpoint(tmp_path / "out", tmp_path / "stock", ExportOptions(target="llama.cpp"))
+    entry = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["mla_layers"][0]
+    settings = ServingSettings(device="cpu", max_model_len=64)
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 0: latents in 8 and rotary keys in 8 bits .*transformers alone"
+    ):
+        check_layer(0, MlaLayer.from_dict(entry), None, settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"latent_bits": 3}, "no such value can be, found latent_bits = 3"),
+        ({"rope_bits": True}, "no such value can be, found rope_bits = True"),
+        ({"latent_bits": 4, "kv_lora_rank": 7}, "a latent in 4 bits needs an even kv_lora_rank, found 7"),
+    ],
+)
+def test_odd_entries_of_config_json_are_refused(change: dict[str, Any], sentence: str) -> None:
+    entry = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    assert MlaLayer.from_dict(entry).cache_bytes(2) == 24
+    with pytest.raises(ValueError, match=sentence):
+        MlaLayer.from_dict({**entry, **change})
+
+
+def test_the_command_plans_in_bytes(llama: Path, tmp_path: Path) -> None:
+    plan = run_command("xeco-convert", llama, "--dry-run", "--rank", 8, "--rope-dim", 4, "--cache-bits", 4)
+    assert "KV cache: 384 -> 36 bytes per token (9.4%), latents in 4 bits, rotary keys in 8" in plan.stdout, plan.stderr
+    assert ConvertOptions(rank=8, cache_bits="4").cache_bits_on_offer == ((4, 8),)
+    assert ConvertOptions(kv_size="20%", cache_bits="4").cache_bits_on_offer == ((4, 8), (4, 4))
