@@ -27,7 +27,7 @@ def test_turning_changes_no_output(bias: str, latent_norm: bool) -> None:
     source, x = random_attention(4, 2, bias=bias), gaussian_inputs()
     context = context_of(source)
     mla = calibrated(source, x, context).factors(10, 4, latent_norm=latent_norm)
-    turned = dataclasses.replace(with_codes(mla, 4, 8), latent_bits=16, rope_bits=16)
+    turned = dataclasses.replace(with_codes(mla, 4, 4, 8), latent_bits=16, rope_bits=16)
     assert not torch.allclose(turned.kv_b_weight, mla.kv_b_weight)
     torch.testing.assert_close(mla_output(turned, 4, x, context), mla_output(mla, 4, x, context), rtol=1e-9, atol=1e-9)
 
@@ -35,7 +35,7 @@ def test_turning_changes_no_output(bias: str, latent_norm: bool) -> None:
 def test_sixteen_bits_leave_a_layer_as_it_is() -> None:
     source, x = random_attention(4, 2), gaussian_inputs()
     mla = calibrated(source, x, context_of(source)).factors(10, 4)
-    assert with_codes(mla, 16, 16) == mla
+    assert with_codes(mla, 4, 16, 16) == mla
 
 
 @pytest.mark.parametrize("balance", [balance_for_storage, balance_scales])
@@ -48,8 +48,8 @@ def test_codes_lose_less_of_turned_latents_before_and_after_balancing(balance: o
     def lost(layer: object) -> float:
         return float((mla_output(layer, 4, x, context) - expected).square().sum() / expected.square().sum())  # type: ignore[arg-type]
 
-    plain, turned = dataclasses.replace(mla, latent_bits=4), with_codes(mla, 4, 16)
-    assert lost(with_codes(mla, 8, 8)) < lost(turned) / 50
+    plain, turned = dataclasses.replace(mla, latent_bits=4), with_codes(mla, 4, 4, 16)
+    assert lost(with_codes(mla, 4, 8, 8)) < lost(turned) / 50
     assert lost(turned) < 0.8 * lost(plain)
     balanced = balance(turned, 4)  # type: ignore[operator]
     assert lost(balanced) < 1.1 * lost(turned)
@@ -61,7 +61,7 @@ def test_turned_rows_are_alike() -> None:
     context = context_of(source)
     mla = calibrated(source, x, context).factors(16, 4)
     peaks = []
-    for layer in (mla, with_codes(mla, 4, 8)):
+    for layer in (mla, with_codes(mla, 4, 4, 8)):
         latents = mla_compressed(layer, x, context)[0].flatten(0, 1)
         peaks.append(float((latents.abs().amax(dim=1) / latents.square().mean(dim=1).sqrt()).mean()))
     assert peaks[1] < 0.85 * peaks[0]
@@ -72,4 +72,4 @@ def test_a_norm_whose_weight_differs_is_refused() -> None:
     mla = calibrated(source, x, context_of(source)).factors(10, 4, latent_norm=True)
     mla = dataclasses.replace(mla, latent_norm_weight=torch.arange(1.0, 11.0, dtype=torch.float64))
     with pytest.raises(ValueError, match="before a norm whose weight differs"):
-        with_codes(mla, 4, 8)
+        with_codes(mla, 4, 4, 8)

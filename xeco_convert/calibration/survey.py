@@ -113,7 +113,9 @@ class Survey:
             return layer.factors(most[rope], rope).to(torch.float32)
 
         def factors(offer: Widths) -> MlaAttention:
-            return with_codes(widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank), *offer.bits)
+            first = widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank)
+            energies = layer.energies(offer.kv_lora_rank, offer.qk_rope_head_dim)
+            return with_codes(first, heads, *offer.bits, energies)
 
         def error(offer: Widths) -> float:
             lost = mla_output(factors(offer), heads, few, context) - target

@@ -92,6 +92,13 @@ def balance_for_storage(mla: MlaAttention, num_heads: int) -> MlaAttention:
     return _scaled(mla, num_heads, scales)
 
 
+def with_row_scales(mla: MlaAttention, num_heads: int, latent: Tensor, pairs: Tensor) -> MlaAttention:
+    """The same function with rows of the latent multiplied by `latent` [R] and rotary pairs by `pairs` [P/2]."""
+    nope = mla.kv_b_weight.shape[0] // num_heads - mla.o_weight.shape[1] // num_heads
+    ones = mla.kv_b_weight.new_ones(num_heads, mla.kv_b_weight.shape[0] // num_heads)
+    return _scaled(mla, num_heads, _Scales(latent=latent, pairs=pairs, keys=ones[:, :nope], values=ones[:, nope:]))
+
+
 def _by_head(mla: MlaAttention, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """The matrix that ends in the queries' rows [H, N+P, ...], kv_b [H, U, R] and o_proj [X, H, V]."""
     query = getattr(mla, _query_name(mla))

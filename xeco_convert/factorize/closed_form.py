@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
 from xeco_convert.factorize.rope import RotaryComponents, real_rows, rotary_components
+from xeco_convert.factorize.spread import RowEnergies
 from xeco_convert.factorize.statistics import LayerStatistics
 
 # Directions whose weight is this far below the largest are rounding of the calibration, not signal.
@@ -126,6 +127,15 @@ class CalibratedLayer:
         """
         rotary = self._components.gain[qk_rope_head_dim // 2 :].sum()
         return float(self.latent_spectrum(qk_rope_head_dim)[kv_lora_rank:].sum() + rotary / self._expected_square())
+
+    def energies(self, kv_lora_rank: int, qk_rope_head_dim: int) -> RowEnergies:
+        """Mean squares of what a layer of these widths caches, in output units: every row counts alike."""
+        pairs, width = qk_rope_head_dim // 2, self._source.num_key_value_heads * self._source.head_dim
+        rows = real_rows(self._components.encode[:pairs], self._components.frequency[:pairs], self._half)
+        power = ((rows @ self._statistics.attended[:width, :width]) * rows).sum(dim=1)
+        return RowEnergies(
+            latent=self._latent(qk_rope_head_dim)[0][:kv_lora_rank], pairs=power.view(2, pairs).sum(dim=0)
+        )
 
     def latent_spectrum(self, qk_rope_head_dim: int) -> Tensor:
         """Expected squared output error [2·G·d] that each latent row saves once the rotary rows are chosen, descending."""

@@ -113,7 +113,7 @@ class _PaperLayers:
             source = self._read(item.layer)
             factors = paper_factors(source, item.shape)
             errors = paper_errors(source, factors, item.shape)
-            factors = with_codes(factors, item.shape.latent_bits, item.shape.rope_bits)
+            factors = with_codes(factors, source.num_attention_heads, item.shape.latent_bits, item.shape.rope_bits)
             yield ConvertedLayer(layer=item.layer, source=source, factors=factors, errors=errors)
 
     def _read(self, layer: int) -> SourceAttention:
