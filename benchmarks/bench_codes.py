@@ -3,10 +3,10 @@
     python benchmarks/bench_codes.py --part quality --checkpoint IN --text FILE --calibration FILE --kv-sizes 12.5%,7.8%
     python benchmarks/bench_codes.py --part decode
 
-quality: converts at each size and --cache-bits, and compares source and result on windows of the text, in float32 (perplexity, KL,
-top-1); the codes are those of the cache. decode: one token over a cache, the kernel over codes against this package's own over
-bfloat16, in turns, for B 1 and 4, H 32, R 128, P 32; exits with 1 where 8 bits are below 1.2 or 4 bits below 1.3 times as fast
-over 32,768 tokens, or either below 0.95 over 4,096.
+quality: converts at each size and --cache-bits, and compares source and result on windows of the text, in float32 (perplexity,
+KL, top-1); the codes are those of the cache. decode: one token over a cache, the kernel over codes against this package's own
+over bfloat16, in turns, for B 1 and 4, H 32, R 128, P 32; exits with 1 where 8 bits are below 1.2 or 4 bits below 1.3 times as
+fast over 32,768 tokens, or either below 0.95 over 4,096.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +84,25 @@ def quality(arguments: argparse.Namespace) -> list[list[Any]]:
 def decode(repeats: int) -> list[list[Any]]:
     """A row for each number of sequences, length and bits."""
     rows: list[list[Any]] = []
-    for batch in (1, 4):
-        for tokens in (4096, 32768):
-            torch.manual_seed(0)
-            c_kv, k_rope = torch.randn(batch, tokens, RANK), torch.randn(batch, tokens, ROPE)
-            queries = [torch.randn(batch, 1, HEADS, width).bfloat16() for width in (RANK, ROPE)]
-            plain = [c_kv.bfloat16(), k_rope.bfloat16()]
-            runs = {"16": lambda plain=plain: latent_attention_decode(*queries, *plain, softmax_scale=SCALE)}
-            for bits in ((8, 8), (4, 8), (4, 4)):
-                packed = [pack_rows(c_kv, bits[0]), pack_rows(k_rope, bits[1])]
-                runs[f"{bits[0]} + {bits[1]}"] = lambda packed=packed, bits=bits: latent_attention_packed(
-                    *queries, *packed, latent_bits=bits[0], rope_bits=bits[1], softmax_scale=SCALE
-                )
-            seconds = median_seconds(runs, repeats)
-            base = seconds.pop("16")
-            rows += [[batch, tokens, name, 1e3 * base, 1e3 * each, base / each] for name, each in seconds.items()]
+    for batch, tokens in ((1, 4096), (1, 32768), (4, 4096), (4, 32768)):
+        seconds = median_seconds(_decoders(batch, tokens), repeats)
+        base = seconds.pop("16")
+        rows += [[batch, tokens, name, 1e3 * base, 1e3 * each, base / each] for name, each in seconds.items()]
     return rows
+
+
+def _decoders(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """One step over bfloat16 rows, and over the same rows in codes, by their bits."""
+    torch.manual_seed(0)
+    c_kv, k_rope = torch.randn(batch, tokens, RANK), torch.randn(batch, tokens, ROPE)
+    queries = [torch.randn(batch, 1, HEADS, width).bfloat16() for width in (RANK, ROPE)]
+    rows = (c_kv.bfloat16(), k_rope.bfloat16())
+    runs = {"16": partial(latent_attention_decode, *queries, *rows, softmax_scale=SCALE)}
+    for latent, rope in ((8, 8), (4, 8), (4, 4)):
+        codes = (pack_rows(c_kv, latent), pack_rows(k_rope, rope))
+        bits = {"latent_bits": latent, "rope_bits": rope}
+        runs[f"{latent} + {rope}"] = partial(latent_attention_packed, *queries, *codes, **bits, softmax_scale=SCALE)
+    return runs
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

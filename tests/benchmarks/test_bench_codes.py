@@ -15,7 +15,9 @@ from builders import VOCABULARY
 def test_a_slow_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_codes.py", "--part", "decode"])
     for fast in (1.31, 1.29):
-        monkeypatch.setattr(bench_codes, "decode", lambda repeats, fast=fast: [[1, 32768, "4 + 8", 2.0, 2.0 / fast, fast]])
+        monkeypatch.setattr(
+            bench_codes, "decode", lambda repeats, fast=fast: [[1, 32768, "4 + 8", 2.0, 2.0 / fast, fast]]
+        )
         if fast > 1.3:
             bench_codes.main()
         else:
