@@ -159,6 +159,10 @@ class LatentSelfAttention(nn.Module):
         codes = self._update(cache, _packed(c_kv, self.latent_bits), _packed(k_rope, self.rope_bits))
         if not (torch.is_grad_enabled() and (c_kv.requires_grad or k_rope.requires_grad)):
             return codes
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"layer {self.layer_idx}: gradients do not pass a static cache of codes; take a dynamic one, or use_cache=False"
+            )
         # gradients go to the new rows, which stand last in a cache that grows
         latents, keys = self._widened(*codes, c_kv.dtype)
         old = latents.shape[1] - c_kv.shape[1]
@@ -246,6 +250,7 @@ class LatentSelfAttention(nn.Module):
         implementation = choose(call, requested).implementation
         reads_codes = c_kv.dtype == k_rope.dtype == torch.uint8 and self.qk_rope_head_dim > 0
         reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type)
+        reads_codes = reads_codes and not needs_gradients
         if self.is_packed and not reads_codes:
             c_kv, k_rope = self._widened(c_kv, k_rope, q_nope.dtype)
         if implementation == "reference" or (self.logit_softcap is not None and implementation != "fused"):
