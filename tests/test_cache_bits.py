@@ -80,6 +80,18 @@ def test_a_kv_size_is_met_in_bytes_and_said_everywhere(
     assert all(("latent_bits" in entry) == (bits != "16") for entry in entries if bits != "auto")
 
 
+@pytest.mark.parametrize(("bits", "least"), [("16", 3 * 4 * 4), ("8", 3 * 8), ("4", 3 * 6), ("auto", 3 * 6)])
+def test_the_smallest_size_that_a_sentence_names_can_be_had(
+    bits: str, least: int, llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In steps of 2: 2 + 2 numbers in each of three layers, and the scales of their codes."""
+    options = {"rank_multiple": 2, "cache_bits": bits}
+    with pytest.raises(OptionError, match=rf"expected at least .*\({least} bytes per token\).*\({least - 1} bytes\)"):
+        convert(llama, tmp_path / "out", kv_bytes_per_token=least - 1, **options)
+    report = convert(llama, tmp_path / "out", kv_bytes_per_token=least, **options)
+    assert report.kv_bytes_after == least
+
+
 def test_fewer_bits_leave_more_numbers_and_a_smaller_loss(
     llama: Path, convert: Callable[..., Any], tmp_path: Path
 ) -> None:

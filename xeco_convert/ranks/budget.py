@@ -91,9 +91,9 @@ class KvBudget(RankPolicy):
         average = budget / facts.num_layers
         offers: list[Widths] = []
         for bits in facts.bits:
-            numbers = affordable_numbers(average, bits, facts)
-            if numbers < _smallest(multiple, bits).total:
+            if facts.layer_bytes(_smallest(multiple, bits)) > average:
                 continue
+            numbers = affordable_numbers(average, bits, facts)
             if facts.same_widths:
                 some = full_splits(facts.full_rank, facts.most_rope_dim, multiple, int(numbers))
             else:
