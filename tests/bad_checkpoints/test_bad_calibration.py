@@ -24,7 +24,7 @@ OPTIONS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "too small a share": (
         2,
         "--kv-size 5%",
-        ("--kv-size: expected at least 12.5%", "12 numbers", "48 bytes", "found 4.2%"),
+        ("--kv-size: expected at least 12.5%", "48 bytes", "found 4.9%"),
     ),
     "too few bytes": (2, "--kv-bytes-per-token 40", ("expected at least 12.5%", "48 bytes", "lower --rank-multiple")),
     "too small for the multiple": (2, "--kv-size 25% --rank-multiple 8", ("expected at least 37.5%", "steps of 8")),

@@ -126,9 +126,9 @@ def test_layers_with_a_window_stay_unless_they_are_named(tmp_path: Path) -> None
     index = CheckpointIndex.open(folder)
     plan = make_plan(index, ConvertOptions(kv_size="50%"))
     assert [item.layer for item in plan.converted] == [1] and [item.layer for item in plan.kept_windows] == [0, 2]
-    assert plan.source_kv_numbers_per_token() == [0, 48, 0] and plan.kv_budget == 24
+    assert plan.source_kv_numbers_per_token() == [0, 48, 0] and plan.kv_budget == 96
     named = make_plan(index, ConvertOptions(kv_size="50%", layers="0-2"))
-    assert [item.layer for item in named.converted] == [0, 1, 2] and named.kept == () and named.kv_budget == 72
+    assert [item.layer for item in named.converted] == [0, 1, 2] and named.kept == () and named.kv_budget == 288
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "gpt2", "Llama", "phi", "../llama"])
