@@ -142,6 +142,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such bits": ({"rank": 8, "cache_bits": "3"}, r"--cache-bits: expected one of 16, 8, 4, auto, found 3"),
     "bits to choose without a size": ({"rank": 8, "cache_bits": "auto"}, r"--cache-bits auto: .*give --kv-size"),
     "an odd rank": ({"rank": 7, "cache_bits": "4"}, r"--cache-bits: a latent in 4 bits needs an even rank, found 7"),
+    "an odd rank beside others that are chosen": (
+        {"energy": 0.9, "fixed_ends": True, "rank": 7, "cache_bits": "4", "init": "paper"},
+        r"--cache-bits: a latent in 4 bits needs an even rank, found 7",
+    ),
+    "a stock model": (
+        {"rank": 8, "portable": True, "cache_bits": "8"},
+        r"--cache-bits 8: a stock DeepSeek model .*leave it out with --portable",
+    ),
     "a size below one step": (
         {"kv_size": "2%", "cache_bits": "4"},
         r"--kv-size: expected at least .*bytes per token.*--rank-multiple, or cache fewer bits \(--cache-bits\)",
@@ -160,7 +168,7 @@ def test_what_cannot_be_is_one_sentence(case: str, llama: Path, tmp_path: Path) 
 def test_engines_whose_pages_hold_numbers_refuse_codes(
     llama: Path, convert: Callable[..., Any], tmp_path: Path
 ) -> None:
-    convert(llama, tmp_path / "out", rank=8, rope_dim=4, portable=True, cache_bits="8")
+    convert(llama, tmp_path / "out", rank=8, rope_dim=4, cache_bits="8")
     with pytest.raises(UnsupportedModelError, match=r"layers \[0, 1, 2\] cache latents in codes \(--cache-bits\)"):
         export_checkpoint(tmp_path / "out", tmp_path / "stock", ExportOptions(target="llama.cpp"))
     entry = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["mla_layers"][0]

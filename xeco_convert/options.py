@@ -87,6 +87,11 @@ class ConvertOptions:
             raise OptionError(
                 "--cache-bits auto: bits are chosen within a KV size: give --kv-size, or a number of bits."
             )
+        if self.portable and self.cache_bits != "16":
+            raise OptionError(
+                f"--cache-bits {self.cache_bits}: a stock DeepSeek model caches numbers of its own dtype; leave it out with "
+                "--portable."
+            )
         object.__setattr__(self, "initialisation", initialisation_from(self.init, values, policy))
 
     def _check(self) -> None:

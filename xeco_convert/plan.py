@@ -132,7 +132,9 @@ class ConversionPlan:
             dataclasses.replace(item, shape=_with_widths(item.shape, widths))
             for item, widths in zip(self.converted, chosen, strict=True)
         )
-        return dataclasses.replace(self, converted=converted, widths_are_final=True)
+        plan = dataclasses.replace(self, converted=converted, widths_are_final=True)
+        _check_codes(plan)
+        return plan
 
     @property
     def kv_budget(self) -> int | None:

@@ -197,6 +197,9 @@ struct VnniEngine {
     int64_t latent_bits, rope_bits;
   };
 
+  // The deepest panel: <op>/cpu/<level>.cpp says that no row is wider. In whole vectors.
+  static constexpr int64_t kMaxDepth = 512;
+
   static void begin() {}
   static void end() {}
   static int64_t panel_operands(int64_t depth, int64_t width) { return 2 * (quarters(depth) + 1) * width; }
@@ -320,8 +323,6 @@ struct VnniEngine {
   }
 
  private:
-  static constexpr int64_t kMaxDepth = 512 + kLanes;  // the widest latent
-
   static CodePanel panel_at(const int32_t* memory, int64_t depth, int64_t width) {
     return code_panel(const_cast<int32_t*>(memory), depth, width);
   }

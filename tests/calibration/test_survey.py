@@ -33,6 +33,11 @@ def offer(rank: int, rope: int) -> Widths:
     return Widths(kv_lora_rank=rank, qk_rope_head_dim=rope)
 
 
+def numbers(widths: Widths) -> float:
+    """A size for those who count numbers."""
+    return widths.total
+
+
 OFFERS = (offer(4, 2), offer(6, 4), offer(8, 2), offer(12, 4), offer(16, 8))
 
 
@@ -40,7 +45,7 @@ def surveyed(llama: Path, share: float | None = None) -> tuple[list[dict[Widths,
     """Costs of all layers; with `share`, as if refinement left that share of every layer's error and changed nothing."""
     plan, windows = plan_for(llama), random_windows(8, 24)
     stream = SourceStream(plan.source, windows, CPU)
-    survey = Survey(OFFERS, 10, [item.layer for item in plan.converted], windows)
+    survey = Survey(OFFERS, 10, [item.layer for item in plan.converted], windows, numbers)
     for view in stream.layers():
         survey.advance_branches(view)
         source = read_attention(plan.source, stream._reader, view.number, CPU)
@@ -61,7 +66,7 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
     """Layer 1 alone converted at the branch's widths, and run by hand."""
     costs, survey = surveyed(llama)
     plan, windows = plan_for(llama), random_windows(8, 24)
-    branch = best_of_size(survey._layers[1].errors, 10)
+    branch = best_of_size(survey._layers[1].errors, 10, numbers)
     assert branch.total == 10
     stream, hidden = SourceStream(plan.source, windows, CPU), torch.empty(0)
     for view in stream.layers():
@@ -107,18 +112,18 @@ def test_beyond_the_most_branches_prices_are_interpolated(llama: Path, monkeypat
 
 def test_probes_are_the_best_of_a_few_totals_with_the_branch_first() -> None:
     errors = {offer(rank, rope): 1 / (rank + 2 * rope) for rank in range(4, 40, 4) for rope in (2, 4)}
-    branch = best_of_size(errors, 20)
-    chosen = probed_offers(errors, branch)
+    branch = best_of_size(errors, 20, numbers)
+    chosen = probed_offers(errors, branch, numbers)
     assert chosen[0] == branch and len(chosen) == len({each.total for each in chosen}) == surveying._MOST_PROBES
     totals = [each.total for each in errors]
     assert {min(totals), max(totals)} <= {each.total for each in chosen}
     assert all(errors[each] == min(errors[other] for other in errors if other.total == each.total) for each in chosen)
-    assert probed_offers({branch: 1.0}, branch) == [branch]
+    assert probed_offers({branch: 1.0}, branch, numbers) == [branch]
 
 
 def test_shares_between_probes_are_interpolated() -> None:
     errors = {offer(4, 2): 0.8, offer(8, 2): 0.4, offer(12, 2): 0.2, offer(16, 2): 0.1}
-    found = refined_errors(errors, {offer(4, 2): 0.25, offer(12, 2): 1.0})
+    found = refined_errors(errors, {offer(4, 2): 0.25, offer(12, 2): 1.0}, numbers)
     assert found[offer(4, 2)] == pytest.approx(0.2) and found[offer(8, 2)] == pytest.approx(0.2)
     assert found[offer(12, 2)] == pytest.approx(0.2) and found[offer(16, 2)] == pytest.approx(0.1)
     assert interpolated({0: 0.0, 4: 2.0}, 1) == pytest.approx(0.5)

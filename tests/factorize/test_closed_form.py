@@ -92,7 +92,7 @@ def test_the_expected_error_never_grows_with_rank_or_rotary_width(groups: int) -
     for rope in (2, groups * 8):
         by_rank = [layer.expected_error(rank, rope) for rank in range(1, full + 1)]
         assert all(later <= earlier + 1e-15 for earlier, later in pairwise(by_rank))
-    gains = layer.components.gain
+    gains = layer._components.gain
     assert gains.shape == (groups * 4,) and bool((gains[1:] <= gains[:-1]).all())
     assert layer.expected_error(full, max(ropes)) < 1e-12
     errors = layer.errors(full, groups * 8)
@@ -137,7 +137,7 @@ def test_rotary_components_are_principal_directions_of_the_rotated_keys() -> Non
     source, x = random_attention(6, 3), gaussian_inputs(windows=16)
     context = context_of(source)
     statistics = collected(source, x, context)
-    components = CalibratedLayer(source, statistics, context.softmax_scale).components
+    components = CalibratedLayer(source, statistics, context.softmax_scale)._components
     for frequency in range(4):
         mine = components.frequency == frequency
         assert int(mine.sum()) == 3

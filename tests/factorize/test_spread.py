@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from builders import random_attention
 from calibrated_layers import calibrated, context_of, gaussian_inputs
 
+from xeco_convert.factorize import MlaAttention
 from xeco_convert.factorize.attention import mla_compressed, mla_output
 from xeco_convert.factorize.balance import balance_for_storage, balance_scales
 from xeco_convert.factorize.spread import spreading_map, with_codes
@@ -39,19 +41,21 @@ def test_sixteen_bits_leave_a_layer_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("balance", [balance_for_storage, balance_scales])
-def test_codes_lose_less_of_turned_latents_before_and_after_balancing(balance: object) -> None:
+def test_codes_lose_less_of_turned_latents_before_and_after_balancing(
+    balance: Callable[[MlaAttention, int], MlaAttention],
+) -> None:
     source, x = random_attention(4, 2), gaussian_inputs(windows=32)
     context = context_of(source)
     mla = calibrated(source, x, context).factors(16, 4)
     expected = mla_output(mla, 4, x, context)
 
-    def lost(layer: object) -> float:
-        return float((mla_output(layer, 4, x, context) - expected).square().sum() / expected.square().sum())  # type: ignore[arg-type]
+    def lost(layer: MlaAttention) -> float:
+        return float((mla_output(layer, 4, x, context) - expected).square().sum() / expected.square().sum())
 
     plain, turned = dataclasses.replace(mla, latent_bits=4), with_codes(mla, 4, 4, 16)
     assert lost(with_codes(mla, 4, 8, 8)) < lost(turned) / 50
     assert lost(turned) < 0.8 * lost(plain)
-    balanced = balance(turned, 4)  # type: ignore[operator]
+    balanced = balance(turned, 4)
     assert lost(balanced) < 1.1 * lost(turned)
 
 

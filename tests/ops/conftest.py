@@ -20,7 +20,7 @@ from pairs import pairwise
 
 from xeco_convert.ops.extension import CPU_LEVELS, DEVICE_DTYPES, extension
 
-OPS = ("latent_attention", "latent_attention_decode", "rope_and_append")
+OPS = ("latent_attention", "latent_attention_decode", "latent_attention_packed", "rope_and_append")
 
 
 def marked(level: str) -> object:

@@ -37,6 +37,11 @@ class Elsewhere:
         moved, moved_rule = self.moved(tensors), self.moved_rule(rule)
         return self.repeated(lambda: ops.latent_attention_decode(*moved, **moved_rule))
 
+    def latent_attention_packed(self, *tensors: Tensor, **rule: Any) -> tuple[Tensor, ...]:
+        """Over rows of codes."""
+        moved, moved_rule = self.moved(tensors), self.moved_rule(rule)
+        return self.repeated(lambda: ops.latent_attention_packed(*moved, **moved_rule))
+
     def rope_and_append(self, *tensors: Tensor, **places: Any) -> None:
         """The last two tensors are the caches, which are changed."""
         moved_places = self.moved_rule(places)

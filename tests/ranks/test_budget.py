@@ -12,6 +12,13 @@ from xeco_convert.ranks import Widths
 from xeco_convert.ranks.budget import candidate_widths, default_multiple, full_splits, rope_step, split_budget
 
 OFFERS = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in [(4, 2), (4, 4), (8, 2), (8, 4), (12, 6)]]
+
+
+def numbers(widths: Widths) -> int:
+    """A size: numbers of one byte."""
+    return widths.total
+
+
 # full rank, most rotary rows, multiple, average
 CASES = [
     (64, 32, 4, 16),
@@ -29,7 +36,7 @@ def test_the_split_is_the_best_of_all(seed: int) -> None:
     costs = [{offer: rng.random() for offer in rng.sample(OFFERS, rng.randint(2, 5))} for _ in range(4)]
     smallest = sum(min(offer.total for offer in offers) for offers in costs)
     for budget in (smallest, smallest + 1, smallest + rng.randrange(2, 40), 1000):
-        chosen = split_budget(costs, budget)
+        chosen = split_budget(costs, budget, numbers)
         best = min(
             sum(layer[offer] for layer, offer in zip(costs, choice, strict=True))
             for choice in itertools.product(*costs)
@@ -41,15 +48,15 @@ def test_the_split_is_the_best_of_all(seed: int) -> None:
 
 def test_a_sensitive_layer_gets_more() -> None:
     costs = [{offer: weight / offer.total for offer in OFFERS} for weight in (1.0, 10.0, 1.0)]
-    first, second, third = (widths.total for widths in split_budget(costs, 36))
+    first, second, third = (widths.total for widths in split_budget(costs, 36, numbers))
     assert second > first and second > third
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest() -> None:
     costs = [{OFFERS[0]: 1.0, OFFERS[1]: 0.5}, {OFFERS[2]: 1.0}]
-    assert split_budget(costs, 16) == (OFFERS[0], OFFERS[2])
-    with pytest.raises(OptionError, match=r"budget of 15 per token .*smallest possible is 16.*--rank-multiple"):
-        split_budget(costs, 15)
+    assert split_budget(costs, 16, numbers) == (OFFERS[0], OFFERS[2])
+    with pytest.raises(OptionError, match=r"budget of 15 bytes per token .*smallest possible is 16.*--rank-multiple"):
+        split_budget(costs, 15, numbers)
 
 
 @pytest.mark.parametrize(

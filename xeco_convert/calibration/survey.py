@@ -45,11 +45,6 @@ Size = Callable[[Widths], float]
 Probe = Callable[[MlaAttention], tuple[MlaAttention, float]]
 
 
-def _numbers(offer: Widths) -> float:
-    """A size for those who count numbers."""
-    return offer.total
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Surveyed:
     """One layer: the relative squared output error of every offer, and that of its branch; None where it has none."""
@@ -61,8 +56,8 @@ class _Surveyed:
 class Survey:
     """Collects what the budget needs, layer by layer; `costs` is there after the last one.
 
-    `offers`: the widths to measure; `average`: what the budget allows a layer, by `size` of the widths that it gets (numbers
-    per token; a plan counts bytes); `layers`: numbers of the layers to survey. Beyond 32 of them only as many, spread evenly,
+    `offers`: the widths to measure; `average`: what the budget allows a layer, in the unit of `size`, which says what some widths
+    cache per token; `layers`: numbers of the layers to survey. Beyond 32 of them only as many, spread evenly,
     get a branch; the price of an error in the others is interpolated between their neighbours.
     """
 
@@ -72,7 +67,7 @@ class Survey:
         average: float,
         layers: Sequence[int],
         windows: CalibrationWindows,
-        size: Size = _numbers,
+        size: Size,
     ) -> None:
         # by rotary width: each takes a decomposition of its own
         self._offers = sorted(offers, key=lambda offer: offer.qk_rope_head_dim)
@@ -114,6 +109,8 @@ class Survey:
 
         def factors(offer: Widths) -> MlaAttention:
             first = widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank)
+            if offer.bits == (16, 16):
+                return first
             energies = layer.energies(offer.kv_lora_rank, offer.qk_rope_head_dim)
             return with_codes(first, heads, *offer.bits, energies)
 
@@ -169,22 +166,20 @@ def _by_rotary_width(offers: Sequence[Widths]) -> Iterator[tuple[int, list[Width
         yield rope, list(same)
 
 
-def best_of_size(errors: Mapping[Widths, float], size: float, size_of: Size = _numbers) -> Widths:
+def best_of_size(errors: Mapping[Widths, float], size: float, size_of: Size) -> Widths:
     """The offer of least error among those whose size is nearest to `size`."""
     nearest = min(abs(size_of(offer) - size) for offer in errors)
     return min((offer for offer in errors if abs(size_of(offer) - size) == nearest), key=lambda offer: errors[offer])
 
 
-def probed_offers(errors: Mapping[Widths, float], branch: Widths, size_of: Size = _numbers) -> list[Widths]:
+def probed_offers(errors: Mapping[Widths, float], branch: Widths, size_of: Size) -> list[Widths]:
     """The branch's offer, and the best of a few other sizes from the smallest to the largest."""
     sizes = sorted({size_of(offer) for offer in errors} - {size_of(branch)})
     numbers = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_PROBES - 1)).round().astype(int))
     return [branch, *(best_of_size(errors, sizes[place], size_of) for place in numbers if sizes)]
 
 
-def refined_errors(
-    errors: Mapping[Widths, float], left: Mapping[Widths, float], size_of: Size = _numbers
-) -> dict[Widths, float]:
+def refined_errors(errors: Mapping[Widths, float], left: Mapping[Widths, float], size_of: Size) -> dict[Widths, float]:
     """Errors after refinement: those of the closed form times the share that it leaves, known at some sizes."""
     by_size = {size_of(offer): share for offer, share in left.items()}
     return {offer: error * interpolated(by_size, size_of(offer)) for offer, error in errors.items()}

@@ -59,10 +59,6 @@ class CalibratedLayer:
     def key_weight(self) -> float:
         return self._key_weight
 
-    @property
-    def components(self) -> RotaryComponents:
-        return self._components
-
     def factors(
         self, kv_lora_rank: int, qk_rope_head_dim: int, *, q_lora_rank: int | None = None, latent_norm: bool = False
     ) -> MlaAttention:
@@ -130,12 +126,15 @@ class CalibratedLayer:
 
     def energies(self, kv_lora_rank: int, qk_rope_head_dim: int) -> RowEnergies:
         """Mean squares of what a layer of these widths caches, in output units: every row counts alike."""
-        pairs, width = qk_rope_head_dim // 2, self._source.num_key_value_heads * self._source.head_dim
+        latent = self._latent(qk_rope_head_dim)[0][:kv_lora_rank]
+        return RowEnergies(latent=latent, pairs=self._rotary_power(qk_rope_head_dim // 2))
+
+    def _rotary_power(self, pairs: int) -> Tensor:
+        """Mean square of each rotary pair's two rows [pairs]."""
+        width = self._source.num_key_value_heads * self._source.head_dim
         rows = real_rows(self._components.encode[:pairs], self._components.frequency[:pairs], self._half)
         power = ((rows @ self._statistics.attended[:width, :width]) * rows).sum(dim=1)
-        return RowEnergies(
-            latent=self._latent(qk_rope_head_dim)[0][:kv_lora_rank], pairs=power.view(2, pairs).sum(dim=0)
-        )
+        return power.view(2, pairs).mean(dim=0)
 
     def latent_spectrum(self, qk_rope_head_dim: int) -> Tensor:
         """Expected squared output error [2·G·d] that each latent row saves once the rotary rows are chosen, descending."""
@@ -243,12 +242,9 @@ class CalibratedLayer:
         `latent_power` [R]: E[c²], the latent's rows are uncorrelated. The rotation turns each rotary pair evenly through its
         plane over the attended distances, and pairs are uncorrelated too: each row has half of its pair's power.
         """
-        source, components = self._source, self._components
-        groups, width = source.num_key_value_heads, source.num_key_value_heads * source.head_dim
+        source, groups = self._source, self._source.num_key_value_heads
         nope = (up_keys * latent_power) @ up_keys.transpose(1, 2)  # [G, d, d]
-        rows = real_rows(components.encode[:pairs], components.frequency[:pairs], self._half)
-        power = ((rows @ self._statistics.attended[:width, :width]) * rows).sum(dim=1)
-        rope = power.view(2, pairs).mean(dim=0).repeat(2)
+        rope = self._rotary_power(pairs).repeat(2)
         metric = torch.stack([torch.block_diag(nope[group], rope.diag()) for group in range(groups)])
         metric = self._head_weight[:, None, None] * metric.repeat_interleave(source.heads_per_group, dim=0)
         # what no key reads costs nothing, and is still worth keeping where there is room: refinement may read it

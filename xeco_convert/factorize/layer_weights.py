@@ -154,8 +154,8 @@ class MlaAttention:
                 "belong to these weights."
             )
         fields = {FIELDS[name]: tensor for name, tensor in tensors.items()}
-        bits = {"latent_bits": shape.latent_bits, "rope_bits": shape.rope_bits}
-        return cls(**fields, rope_index=shape.rope_index, **bits)  # type: ignore[arg-type]
+        layer = cls(**fields, rope_index=shape.rope_index)  # type: ignore[arg-type]
+        return dataclasses.replace(layer, latent_bits=shape.latent_bits, rope_bits=shape.rope_bits)
 
     @classmethod
     def from_module(cls, attention: nn.Module, shape: MlaShape, where: str) -> MlaAttention:

@@ -406,8 +406,8 @@ def _unpacked(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 def _refuse_other_codes(cache: Any, layer_idx: int) -> None:
     """Raises `ValueError` for a cache that would quantise the codes once more."""
     layers = getattr(cache, "layers", None) or ()
-    kinds = {base.__name__ for layer in layers for base in type(layer).__mro__}
-    if any("Quantized" in kind for kind in kinds):
+    own = type(layers[layer_idx]) if layer_idx < len(layers) else None  # a cache may add its layers as they come
+    if own is not None and any("Quantized" in base.__name__ for base in own.__mro__):
         raise ValueError(
             f"layer {layer_idx}: this model caches codes of its own (latent_bits and rope_bits in config.json), found a "
             "quantised cache, which would quantise them again; generate without cache_implementation='quantized'"

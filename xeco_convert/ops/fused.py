@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,32 +55,15 @@ def fused_attention(
     if ranges is not None:
         starts, ends, positions = (_for_each(x, q_latent.shape[0]) for x in ranges[:3])
         window = ranges.window
-    if bits is not None:
-        return latent_attention_packed(
-            *tensors,
-            latent_bits=bits[0],
-            rope_bits=bits[1],
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            starts=starts,
-            ends=ends,
-            query_positions=positions,
-            window=window,
-        )[0]
+    rule: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "starts": starts}
     # One query sees an interval, whatever window made it: starts and lengths say it all.
-    if q_latent.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return latent_attention_decode(
-            *tensors, softmax_scale=softmax_scale, softcap=softcap, starts=starts, lengths=ends
-        )[0]
-    return latent_attention(
-        *tensors,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        starts=starts,
-        ends=ends,
-        query_positions=positions,
-        window=window,
-    )[0]
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if bits is None and q_latent.shape[1] == 1 and not needs_gradients:
+        return latent_attention_decode(*tensors, **rule, lengths=ends)[0]
+    rule |= {"ends": ends, "query_positions": positions, "window": window}
+    if bits is not None:
+        return latent_attention_packed(*tensors, **rule, latent_bits=bits[0], rope_bits=bits[1])[0]
+    return latent_attention(*tensors, **rule)[0]
 
 
 def _for_each(values: Tensor, batch: int) -> Tensor:

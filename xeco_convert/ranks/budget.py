@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Size = Callable[[Widths], int]  # what some widths cache per token
+Size = Callable[[Widths], int]  # bytes that some widths cache per token
 
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
 _MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
@@ -176,11 +176,8 @@ def rope_step(multiple: int) -> int:
     return max(2, multiple // 2 // 2 * 2)
 
 
-def split_budget(
-    costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size = lambda widths: widths.total
-) -> tuple[Widths, ...]:
-    """Widths for every layer whose sizes stay within `budget` (of all layers per token, in the unit of `size_of`: numbers, or a
-    plan's bytes) at the least summed cost.
+def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size) -> tuple[Widths, ...]:
+    """Widths for every layer whose sizes stay within `budget` (bytes per token of all layers) at the least summed cost.
 
     `costs`: for each layer the expected cost of every width on offer. An exact dynamic programme over the budget. Raises
     `OptionError` that says the smallest possible budget where none fits.
@@ -200,9 +197,7 @@ def split_budget(
     return _trace(picks, steps, unit, size_of)
 
 
-def same_widths(
-    costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size = lambda widths: widths.total
-) -> tuple[Widths, ...]:
+def same_widths(costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size) -> tuple[Widths, ...]:
     """The same widths for every layer that rotates, at the least summed cost; layers without rotation get the same rank.
 
     Raises `OptionError` that says the smallest possible budget where none fits.
@@ -221,7 +216,7 @@ def same_widths(
 
 def _cannot_be_met(budget: int, smallest: int) -> OptionError:
     return OptionError(
-        f"a KV budget of {budget} per token cannot be met; the smallest possible is {smallest}. "
+        f"a KV budget of {budget} bytes per token cannot be met; the smallest possible is {smallest}. "
         "Allow more, or lower --rank-multiple."
     )
 

@@ -75,8 +75,7 @@ class RankPolicy(ABC):
     `chosen_by`: the options of which one selects it. `sentences`: what to say where another of its options is given without
     them; `conflicts`: what to say of options that every conversion has and that have no meaning beside it. `needs_costs`:
     whether it asks the survey for costs, which only calibration can measure. `chooses_bits`: whether it chooses among several
-    numbers of bits. `is_final`: whether the widths follow from the
-    options alone.
+    numbers of bits. `is_final`: whether the widths follow from the options alone.
     """
 
     name: ClassVar[str]

@@ -235,13 +235,9 @@ class CalibratedLayers:
         with self._watch.part("closed form"):
             exact = layer.factors(rank, rope, q_lora_rank=shape.q_lora_rank, latent_norm=shape.latent_norm)
             closed_form, norm = self._with_steady_norm(view, exact.to(torch.float32))
-            closed_form = with_codes(
-                closed_form,
-                source.num_attention_heads,
-                shape.latent_bits,
-                shape.rope_bits,
-                layer.energies(rank, rope),
-            )
+            if shape.is_packed:
+                bits, energies = (shape.latent_bits, shape.rope_bits), layer.energies(rank, rope)
+                closed_form = with_codes(closed_form, source.num_attention_heads, *bits, energies)
         with self._watch.part("refit"):
             factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
         with self._watch.part("measuring"):
