@@ -94,6 +94,18 @@ def test_numbers_that_are_none_are_not_hidden(which: int, bits: tuple[int, int])
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinite_scale_is_not_hidden_by_a_weight_of_zero(sign: float, bits: tuple[int, int]) -> None:
+    """A token whose score is -inf for half of the queries, with infinite numbers to add up."""
+    tensors = packed_inputs(COMMON, torch.float32, bits)
+    tensors[2][1, 2, :-2] = 255  # above the middle, all of them
+    tensors[2][1, 2, -2:] = torch.tensor([0x80, 0x7F])
+    tensors[0][1] = sign * tensors[0][1].abs()
+    out, _ = attend(tensors, COMMON, bits, causal=False)
+    assert bool(out[0].isfinite().all()) and not bool(out[1].isfinite().any())
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_rows_are_read_through_any_strides(bits: tuple[int, int]) -> None:
     tensors = packed_inputs(COMMON, torch.bfloat16, bits)
     expected = attend(tensors, COMMON, bits)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.factorize.layer_weights import LayerErrors, MlaAttention, SourceAttention
-from xeco_convert.factorize.rope import RotaryComponents, real_rows, rotary_components
+from xeco_convert.factorize.rope import real_rows, rotary_components
 from xeco_convert.factorize.spread import RowEnergies
 from xeco_convert.factorize.statistics import LayerStatistics
 
