@@ -15,7 +15,7 @@ struct Shape {
   int64_t float16, batch, num_queries, num_tokens, num_heads, rank, rope, causal, window;
   const int64_t *starts, *ends, *query_positions;
   const int32_t* block_table;
-  int64_t block_table_stride, page_size, num_pages, queries_end_at_ends;
+  int64_t block_table_stride, page_size, num_pages, queries_end_at_ends, latent_bits, rope_bits;
   double softmax_scale, softcap;
 };
 
@@ -39,6 +39,7 @@ AttentionShape shape_of(const Shape& from) {
   shape.block_table = from.block_table, shape.block_table_stride = from.block_table_stride;
   shape.page_size = from.page_size, shape.num_pages = from.num_pages;
   shape.queries_end_at_ends = from.queries_end_at_ends != 0;
+  shape.latent_bits = from.latent_bits, shape.rope_bits = from.rope_bits;
   shape.softmax_scale = static_cast<float>(from.softmax_scale), shape.softcap = static_cast<float>(from.softcap);
   return shape;
 }
@@ -97,8 +98,9 @@ int emulated_forward(const Shape* shape, const View* q_latent, const View* q_rop
   params.c_kv = rows(*c_kv), params.k_rope = rows(*k_rope);
   params.out = out, params.lse = lse, params.num_splits = num_splits;
   const gpu::Parts parts{part_sums, part_states};
-  return guarded(
-      [&] { (shape->float16 ? gpu::forward_float16 : gpu::forward_bfloat16)(params, parts, stream_of(*limits)); });
+  const auto bfloat16 = is_packed(params.shape) ? gpu::packed_bfloat16 : gpu::forward_bfloat16;
+  const auto float16 = is_packed(params.shape) ? gpu::packed_float16 : gpu::forward_float16;
+  return guarded([&] { (shape->float16 ? float16 : bfloat16)(params, parts, stream_of(*limits)); });
 }
 
 int emulated_backward(const Shape* shape, const View* d_out, const float* d_lse, const View* q_latent,

@@ -66,7 +66,7 @@ def emulation_flags(machine: str) -> list[str]:
 class _Shape(ctypes.Structure):
     _names = (
         "float16 batch num_queries num_tokens num_heads rank rope causal window starts ends query_positions block_table "
-        "block_table_stride page_size num_pages queries_end_at_ends"
+        "block_table_stride page_size num_pages queries_end_at_ends latent_bits rope_bits"
     )
     _fields_ = (
         *[(name, ctypes.c_int64) for name in _names.split()],
@@ -112,6 +112,10 @@ class Emulated:
         """The same for the last queries of a cache, contiguous or paged."""
         rule["ends"] = rule.pop("lengths", None)
         return self._forward(tensors, _shape(tensors, decode=True, **rule), num_splits)
+
+    def latent_attention_packed(self, *tensors: Tensor, num_splits: int = 1, **rule: Any) -> tuple[Tensor, Tensor]:
+        """Over rows of codes."""
+        return self._forward(tensors, _shape(tensors, **rule), num_splits)
 
     def latent_attention_backward(
         self, d_out: Tensor, d_lse: Tensor | None, tensors: list[Tensor], out: Tensor, lse: Tensor, **rule: Any
@@ -216,6 +220,8 @@ def _shape(  # noqa: PLR0913  the rule of the ops
     softcap: float | None = None,
     block_table: Tensor | None = None,
     decode: bool = False,
+    latent_bits: int = 16,
+    rope_bits: int = 16,
 ) -> _Shape:
     q_latent, q_rope, c_kv, _ = tensors
     batch, queries, heads, rank = q_latent.shape
@@ -224,6 +230,7 @@ def _shape(  # noqa: PLR0913  the rule of the ops
     shape.softmax_scale, shape.softcap = softmax_scale, softcap or 0.0
     shape.starts, shape.ends = _address(starts), _address(ends)
     shape.query_positions, shape.queries_end_at_ends = _address(query_positions), decode
+    shape.latent_bits, shape.rope_bits = latent_bits, rope_bits
     if block_table is not None:
         shape.block_table, shape.block_table_stride = _address(block_table), block_table.stride(0)
         shape.page_size, shape.num_pages = c_kv.shape[1], c_kv.shape[0]

@@ -50,7 +50,7 @@ using Together = void (*)(void* const* lanes);
 void meet(Together together, void* mine);
 // Ends the program where 16 bytes do not lie in the block's shared memory, on a multiple of 16.
 void check_shared_16(const void* address);
-void copy_later(void* to, const void* from, bool there);
+void copy_later(void* to, const void* from, int bytes);
 void commit();
 void wait(int pending);
 [[noreturn]] void trap();
@@ -70,7 +70,7 @@ inline int64_t block_index() { return machine::block(); }
 inline char* shared_memory() { return machine::shared(); }
 inline void sync_block() { machine::barrier(); }
 inline void trap() { machine::trap(); }
-inline void copy_async_16(void* to, const void* from, bool there) { machine::copy_later(to, from, there); }
+inline void copy_async_16(void* to, const void* from, int bytes) { machine::copy_later(to, from, bytes); }
 inline void commit_copies() { machine::commit(); }
 inline void wait_copies(int pending) { machine::wait(pending); }
 inline float exp2(float x) { return std::exp2(x); }

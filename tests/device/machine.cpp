@@ -47,7 +47,8 @@ constexpr int kUntilItWaits = 1 << 30;
 
 struct Copy {
   void* to;
-  const void* from;  // null: zeros
+  const void* from;
+  int bytes;  // the others of 16 become zeros
 };
 
 struct Fiber {
@@ -147,10 +148,8 @@ void wait_until_it_changes(const uint64_t& number) {
 
 void finish(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
-    if (copy.from != nullptr)
-      std::memcpy(copy.to, copy.from, 16);
-    else
-      std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   }
 }
 
@@ -268,10 +267,10 @@ void check_shared_16(const void* address) {
   if (begin < shared() || begin + 16 > shared() + shared_size) fail("16 bytes miss the shared memory");
 }
 
-void copy_later(void* to, const void* from, bool there) {
+void copy_later(void* to, const void* from, int bytes) {
   check_shared_16(to);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of 16 bytes is not aligned");
-  fibers[static_cast<size_t>(current)].open.push_back({to, there ? from : nullptr});
+  fibers[static_cast<size_t>(current)].open.push_back({to, from, bytes});
 }
 
 void commit() {

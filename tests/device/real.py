@@ -29,6 +29,13 @@ class Real:
         out, lse = ops.latent_attention_decode(*map(on_gpu, tensors), **_moved(rule))
         return out.cpu(), lse.cpu()
 
+    def latent_attention_packed(
+        self, *tensors: Tensor, num_splits: int | None = None, **rule: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Over rows of codes; the library divides the tokens."""
+        out, lse = ops.latent_attention_packed(*map(on_gpu, tensors), **_moved(rule))
+        return out.cpu(), lse.cpu()
+
     def latent_attention_backward(
         self, d_out: Tensor, d_lse: Tensor | None, tensors: list[Tensor], out: Tensor, lse: Tensor, **rule: Any
     ) -> list[Tensor]:

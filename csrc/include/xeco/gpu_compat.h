@@ -9,11 +9,12 @@
 //   sync_block(), sync_warp()
 //   shuffle_xor(value, mask)                 value of the lane whose number differs by mask
 //   kCopiesAreAsynchronous                   whether these run beside other work:
-//   copy_async_16(to, from, there), commit_copies(), wait_copies(pending)
-//                                            16 bytes from global to shared memory, in groups, the last `pending` left
-//                                            open
+//   copy_async_16(to, from, bytes), commit_copies(), wait_copies(pending)
+//                                            16 bytes from global to shared memory, of which the first `bytes` are read
+//                                            and the others become zeros; in groups, the last `pending` left open
 //   exp2(x), log2(x)                         the processor's own, about 2 ulp
 //   fmax(a, b)                               the larger number; the other one where one is NaN
+//   float_of(bits)                           the float32 that has these bits
 //   widen / pack of BFloat16 and Float16     round to nearest even
 //   trap()                                   end the kernel with an error: a value on the device that no host check saw
 // and the matrix instruction that gpu/products.h builds on: mma.sync and ldmatrix, or, where it defines

@@ -4,24 +4,29 @@
 //   A block owns kRows query rows and one part of the tokens. Its warps form a grid: kRowWarps of 16 rows each, times
 //   kColumnWarps that share these rows: in S = Q · Cᵀ each takes some of the tokens, in O += P · C some of the columns.
 //   Copies of the next tiles run while one is worked on. Parts of the tokens leave (O, m, l) behind for combine_kernel.
+//   Rows of codes (kPacked) are copied as they lie and widened in shared memory, into one tile.
 #pragma once
 
+#include "latent_attention/gpu/codes.cuh"
 #include "latent_attention/gpu/kernels.h"
-#include "latent_attention/gpu/rows.cuh"
 
 namespace xeco::gpu {
 
 // kBlocks: that a multiprocessor has registers for.
-template <class Element_, int kRank_, int kRows_, int kTokens_, int kWarps_, int kBlocks_>
+template <class Element_, bool kPacked_, int kRank_, int kRows_, int kTokens_, int kWarps_, int kBlocks_>
 struct ForwardTile : WarpGrid<kRows_, kTokens_, kWarps_> {
   using Element = Element_;
   using Grid = WarpGrid<kRows_, kTokens_, kWarps_>;
+  static constexpr bool kPacked = kPacked_;
   static constexpr int kMaxRank = kRank_, kRows = kRows_, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kOutTiles = max(1, kRank_ / kTile / Grid::kColumnWarps);
 
-  XECO_LAYOUT static int64_t shared_bytes(int stride, int stages) {
-    const int64_t rows = (kRows + static_cast<int64_t>(stages) * kTokens) * stride * 2;
-    return rows + (Grid::kColumnWarps > 1 ? kRows * Grid::kWeightStride * 2 : 0) + kRows * Grid::kColumnWarps * 4;
+  // Queries, tiles, weights, board; where rows are codes, factors and the rows as they lie.
+  XECO_LAYOUT static int64_t shared_bytes(const AttentionShape& shape, int stages) {
+    const int64_t rows = (kRows + (kPacked ? int64_t{1} : stages) * kTokens) * row_stride(shape) * 2;
+    const int64_t codes = kPacked ? kTokens * (8 + static_cast<int64_t>(stages) * code_places(shape)) : 0;
+    return rows + (Grid::kColumnWarps > 1 ? kRows * Grid::kWeightStride * 2 : 0) + kRows * Grid::kColumnWarps * 4 +
+           codes;
   }
 };
 
@@ -142,11 +147,46 @@ XECO_DEVICE void reduce_warps(float (&values)[Layout::kRowsOfLane], float* board
   }
 }
 
+// numbers[t] *= a factor of each of its tokens.
+template <class Tile>
+XECO_DEVICE void multiply_tokens(Accumulator (&numbers)[Tile::kScoreTiles], const float* factors, int column_warp) {
+#pragma unroll
+  for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+    for (int e = 0; e < Layout::kFloats; ++e)
+      numbers[t].values[e] *=
+          factors[(column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane_index(), e)];
+}
+
+// S of one tile: Q · Cᵀ over latents and rotary parts, where rows are codes each with its factor.
+template <class Tile>
+XECO_DEVICE void score_tile(const AttentionShape& shape, const uint16_t* queries, const uint16_t* rows,
+                            const float* factors, int column_warp, Accumulator (&scores)[Tile::kScoreTiles]) {
+  using Element = typename Tile::Element;
+  const int stride = row_stride(shape), step = Tile::kColumnWarps * kTile * stride, rank = padded(shape.rank);
+  rows += column_warp * kTile * stride;
+  if constexpr (!Tile::kPacked) {
+    multiply_rows<Element, Tile::kMaxRank>(scores, queries, stride, rows, stride, step,
+                                           (rank + padded(shape.rope)) / kTile);
+  } else {
+    Accumulator of_keys[Tile::kScoreTiles];
+    multiply_rows<Element, Tile::kMaxRank>(scores, queries, stride, rows, stride, step, rank / kTile);
+    multiply_rows<Element, static_cast<int>(kMaxRope)>(of_keys, queries + rank, stride, rows + rank, stride, step,
+                                                       padded(shape.rope) / kTile);
+    multiply_tokens<Tile>(scores, factors, column_warp);
+    multiply_tokens<Tile>(of_keys, factors + Tile::kTokens, column_warp);
+#pragma unroll
+    for (int t = 0; t < Tile::kScoreTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < Layout::kFloats; ++e) scores[t].values[e] += of_keys[t].values[e];
+  }
+}
+
 // One tile in shared memory: S, softmax, O.
 template <class Tile>
 XECO_DEVICE void attend_tile(const AttentionShape& shape, const uint16_t* queries, const uint16_t* rows,
-                             int first_token, bool all, uint16_t* weights, float* board, RowState<Tile>& state,
-                             Accumulator (&out)[Tile::kOutTiles]) {
+                             const float* factors, int first_token, bool all, uint16_t* weights, float* board,
+                             RowState<Tile>& state, Accumulator (&out)[Tile::kOutTiles]) {
   using Element = typename Tile::Element;
   const int row_warp = warp_index() % Tile::kRowWarps, column_warp = warp_index() / Tile::kRowWarps;
   const int stride = row_stride(shape), rank_tiles = padded(shape.rank) / kTile;
@@ -155,9 +195,7 @@ XECO_DEVICE void attend_tile(const AttentionShape& shape, const uint16_t* querie
   // Where a tile has fewer than kColumnWarps times 16 tokens, the last warps have no share in S.
   const bool has_share = Tile::kTokens >= Tile::kColumnWarps * kTile || column_warp * kTile < Tile::kTokens;
   if (has_share) {
-    multiply_rows<Element, Tile::kMaxRank>(
-        scores, queries + row_warp * kTile * stride, stride, rows + column_warp * kTile * stride, stride,
-        Tile::kColumnWarps * kTile * stride, rank_tiles + padded(shape.rope) / kTile);
+    score_tile<Tile>(shape, queries + row_warp * kTile * stride, rows, factors, column_warp, scores);
     mask_scores<Tile>(scores, state, score_rule(shape), all, first_token, column_warp, largest);
   } else {
 #pragma unroll
@@ -169,6 +207,9 @@ XECO_DEVICE void attend_tile(const AttentionShape& shape, const uint16_t* querie
     reduce_warps<Tile>(largest, board, row_warp, column_warp, [](float a, float b) { return fmax(a, b); });
   weigh_scores<Tile>(scores, state, largest, factor);
   rescale<Tile>(out, factor);
+  if constexpr (Tile::kPacked) {
+    if (has_share) multiply_tokens<Tile>(scores, factors, column_warp);
+  }
   if constexpr (Tile::kColumnWarps > 1) {
     uint16_t* mine = weights + row_warp * kTile * Tile::kWeightStride;
     if (has_share) {
@@ -233,6 +274,16 @@ XECO_DEVICE void write_rows(const ForwardParams& params, const Parts& parts, con
   }
 }
 
+// How a block reads the cache.
+template <bool kPacked>
+struct TilesOf {
+  using Type = TokenTiles;
+};
+template <>
+struct TilesOf<true> {
+  using Type = CodeTiles;
+};
+
 // Grid: B × row blocks × num_splits, the last row blocks of a sequence first, since they see the most tokens.
 template <class Tile>
 XECO_KERNEL(Tile::kThreads, Tile::kBlocks)
@@ -247,14 +298,19 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const int stride = row_stride(shape);
   uint16_t* queries = reinterpret_cast<uint16_t*>(shared_memory());
   uint16_t* tiles = queries + Tile::kRows * stride;
-  uint16_t* weights = tiles + stages * Tile::kTokens * stride;
+  uint16_t* weights = tiles + (Tile::kPacked ? 1 : stages) * Tile::kTokens * stride;
   float* board = reinterpret_cast<float*>(weights + (Tile::kColumnWarps > 1 ? Tile::kRows * Tile::kWeightStride : 0));
+  float* factors = board + Tile::kRows * Tile::kColumnWarps;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(factors + 2 * Tile::kTokens);
 
-  const TokenTiles tokens(shape, params.c_kv, params.k_rope, batch);
+  const typename TilesOf<Tile::kPacked>::Type tokens(shape, params.c_kv, params.k_rope, batch);
   const int num_tiles = (work.seen.high - work.seen.low + Tile::kTokens - 1) / Tile::kTokens;
   const auto load_tile = [&](int number) {
-    tokens.load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(tiles + number % stages * Tile::kTokens * stride,
-                                                               work.seen.low + number * Tile::kTokens, work.seen);
+    const int first = work.seen.low + number * Tile::kTokens, place = number % stages * Tile::kTokens;
+    if constexpr (Tile::kPacked)
+      tokens.template load<Tile::kTokens, Tile::kThreads>(codes + place * code_places(shape), first, work.seen);
+    else
+      tokens.template load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(tiles + place * stride, first, work.seen);
   };
   const int end = work.first_row + work.num_rows;
   QueryTiles(shape, params.q_latent, params.q_rope, params.q_latent, batch)
@@ -295,11 +351,16 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
       if (number + stages - 1 < num_tiles) load_tile(number + stages - 1);
       commit_copies();
     }
-    const int first_token = work.seen.low + number * Tile::kTokens;
+    const int first_token = work.seen.low + number * Tile::kTokens, place = number % stages * Tile::kTokens;
+    if constexpr (Tile::kPacked) {
+      tokens.template widen<typename Tile::Element, Tile::kTokens, Tile::kThreads>(
+          tiles, factors, codes + place * code_places(shape), first_token, work.seen);
+      sync_block();
+    }
     const bool all =
         first_token + Tile::kTokens <= work.seen.high && seen_by_all(of_first, of_last, first_token, Tile::kTokens);
-    attend_tile<Tile>(shape, queries, tiles + number % stages * Tile::kTokens * stride, first_token, all, weights,
-                      board, state, out);
+    attend_tile<Tile>(shape, queries, Tile::kPacked ? tiles : tiles + place * stride, factors, first_token, all,
+                      weights, board, state, out);
   }
   commit_copies();
   wait_copies(0);  // a thread must not end with copies under way

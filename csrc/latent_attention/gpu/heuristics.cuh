@@ -96,20 +96,20 @@ inline int64_t resident_blocks(const Stream& stream, int64_t bytes, int64_t most
 }
 
 // Calls body(Tile{}) with the tile of a forward call: the first that serves it and fits, or the last of its R.
-template <class Element, size_t kIndex = 0, class Body>
+template <class Element, bool kPacked, size_t kIndex = 0, class Body>
 void with_forward_tile(const AttentionShape& shape, const Stream& stream, const Body& body) {
   constexpr ForwardShape kShape = kForwardShapes[kIndex];
-  using Tile = ForwardTile<Element, kShape.max_rank, kShape.rows, kShape.tokens, kShape.warps, kShape.blocks>;
+  using Tile = ForwardTile<Element, kPacked, kShape.max_rank, kShape.rows, kShape.tokens, kShape.warps, kShape.blocks>;
   if constexpr (kShape.min_query_rows == 1) {
     if (shape.rank <= kShape.max_rank) return body(Tile{});
   } else {
     const bool serves = shape.rank <= kShape.max_rank && shape.num_queries * shape.num_heads >= kShape.min_query_rows;
-    const int64_t bytes = Tile::shared_bytes(row_stride(shape), kShape.stages);
+    const int64_t bytes = Tile::shared_bytes(shape, kShape.stages);
     const bool fits = bytes <= stream.max_shared_bytes &&
                       (kShape.stages == 1 || resident_blocks(stream, bytes, kShape.blocks) == kShape.blocks);
     if (serves && fits) return body(Tile{});
   }
-  if constexpr (kIndex + 1 < kNumForwardShapes) with_forward_tile<Element, kIndex + 1>(shape, stream, body);
+  if constexpr (kIndex + 1 < kNumForwardShapes) with_forward_tile<Element, kPacked, kIndex + 1>(shape, stream, body);
 }
 
 // Whether no later shape serves the same R and gradient.

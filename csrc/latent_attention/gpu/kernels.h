@@ -18,12 +18,15 @@ struct ForwardBlocks {
   int64_t rows = 1, resident = 1;
 };
 
-// The same for both dtypes.
+// The same for both dtypes; packed: rows of codes.
 ForwardBlocks forward_blocks(const AttentionShape& shape, const Stream& stream);
+ForwardBlocks packed_blocks(const AttentionShape& shape, const Stream& stream);
 
 // backward: where the query rows are divided into groups, params.d_rows takes float32 sums of each.
 void forward_bfloat16(const ForwardParams& params, const Parts& parts, const Stream& stream);
 void forward_float16(const ForwardParams& params, const Parts& parts, const Stream& stream);
+void packed_bfloat16(const ForwardParams& params, const Parts& parts, const Stream& stream);
+void packed_float16(const ForwardParams& params, const Parts& parts, const Stream& stream);
 void backward_bfloat16(const BackwardParams& params, const SavedForward& saved, const TokenGradients& to,
                        const Stream& stream);
 void backward_float16(const BackwardParams& params, const SavedForward& saved, const TokenGradients& to,

@@ -41,7 +41,7 @@ struct Gpu {
   // are on the device; the number of multiprocessors too, so results are the same on every run of one kind of device.
   int64_t num_splits(const AttentionShape& shape) const {
     constexpr int64_t kLeastTokens = 256;
-    const gpu::ForwardBlocks fit = gpu::forward_blocks(shape, stream.get());
+    const gpu::ForwardBlocks fit = (is_packed(shape) ? gpu::packed_blocks : gpu::forward_blocks)(shape, stream.get());
     const int64_t rows = shape.num_queries * shape.num_heads;
     const int64_t blocks = std::max<int64_t>(1, shape.batch * divided_up(rows, fit.rows));
     return std::clamp<int64_t>(fit.resident * stream.get().num_sms / blocks, 1,
@@ -70,7 +70,11 @@ struct Gpu {
       parts.sums = static_cast<float*>(scratch.mutable_data_ptr());
       parts.states = parts.sums + row_parts * shape.rank;
     }
-    (shape.dtype == Dtype::kBFloat16 ? gpu::forward_bfloat16 : gpu::forward_float16)(params, parts, stream.get());
+    const bool is_bfloat16 = shape.dtype == Dtype::kBFloat16;
+    if (is_packed(shape))
+      (is_bfloat16 ? gpu::packed_bfloat16 : gpu::packed_float16)(params, parts, stream.get());
+    else
+      (is_bfloat16 ? gpu::forward_bfloat16 : gpu::forward_float16)(params, parts, stream.get());
   }
 
   void backward(BackwardParams& params, const SavedForward& saved, const TokenGradients& to, const Tensor& lse) const {
@@ -92,4 +96,5 @@ STABLE_TORCH_LIBRARY_IMPL(xeco, CUDA, m) {
   m.impl("latent_attention", TORCH_BOX(&xeco::latent_attention<xeco::Gpu>));
   m.impl("latent_attention_backward", TORCH_BOX(&xeco::latent_attention_backward<xeco::Gpu>));
   m.impl("latent_attention_decode", TORCH_BOX(&xeco::latent_attention_decode<xeco::Gpu>));
+  m.impl("latent_attention_packed", TORCH_BOX(&xeco::latent_attention_packed<xeco::Gpu>));
 }

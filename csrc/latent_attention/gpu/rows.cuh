@@ -140,7 +140,7 @@ XECO_DEVICE void copy_row(uint16_t* to, const uint16_t* from, bool there, const 
   for (int at = 0; at < kMaxWidth; at += kStep) {
     if (lane + at >= copy.padded_width) continue;
     if constexpr (kAligned) {
-      copy_async_16(to + at, from + at, there && lane + at < copy.width);
+      copy_async_16(to + at, from + at, there && lane + at < copy.width ? 16 : 0);
     } else {
       const int left = there ? copy.width - lane - at : 0;
 #pragma unroll

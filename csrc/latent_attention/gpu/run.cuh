@@ -8,25 +8,25 @@ namespace xeco::gpu {
 
 constexpr int kBackwardBlocks = 2;  // that stages leave room for, where shared memory has it
 
-template <class Element>
+template <class Element, bool kPacked>
 ForwardBlocks blocks_of_forward(const AttentionShape& shape, const Stream& stream) {
   ForwardBlocks blocks;
-  with_forward_tile<Element>(shape, stream, [&](auto tile) {
+  with_forward_tile<Element, kPacked>(shape, stream, [&](auto tile) {
     using Tile = decltype(tile);
-    const auto bytes = [&](int stages) { return Tile::shared_bytes(row_stride(shape), stages); };
+    const auto bytes = [&](int stages) { return Tile::shared_bytes(shape, stages); };
     blocks.rows = Tile::kRows;
     blocks.resident = resident_blocks(stream, bytes(stages_that_fit(stream, Tile::kBlocks, bytes)), Tile::kBlocks);
   });
   return blocks;
 }
 
-template <class Element>
+template <class Element, bool kPacked>
 void run_forward(const ForwardParams& params, const Parts& parts, const Stream& stream) {
   const AttentionShape& shape = params.shape;
   const int64_t rows = shape.num_queries * shape.num_heads;
-  with_forward_tile<Element>(shape, stream, [&](auto tile) {
+  with_forward_tile<Element, kPacked>(shape, stream, [&](auto tile) {
     using Tile = decltype(tile);
-    const auto bytes = [&](int stages) { return Tile::shared_bytes(row_stride(shape), stages); };
+    const auto bytes = [&](int stages) { return Tile::shared_bytes(shape, stages); };
     const int stages = stages_that_fit(stream, Tile::kBlocks, bytes);
     const int64_t blocks = (rows + Tile::kRows - 1) / Tile::kRows;
     launch(stream, &forward_kernel<Tile>, shape.batch * blocks * params.num_splits, Tile::kThreads, bytes(stages),

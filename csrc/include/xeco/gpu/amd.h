@@ -48,9 +48,10 @@ XECO_DEVICE float shuffle_xor(float value, int mask) {
 }
 
 // Through registers: gfx90a and gfx942 copy at most 4 bytes a lane straight into the LDS. Done when it returns.
-XECO_DEVICE void copy_async_16(void* to, const void* from, bool there) {
+// All 16 bytes or none: rows of codes, which end anywhere, are not copied here.
+XECO_DEVICE void copy_async_16(void* to, const void* from, int bytes) {
   typedef int Int4 __attribute__((ext_vector_type(4)));
-  *static_cast<Int4*>(to) = there ? *static_cast<const Int4*>(from) : Int4{0, 0, 0, 0};
+  *static_cast<Int4*>(to) = bytes > 0 ? *static_cast<const Int4*>(from) : Int4{0, 0, 0, 0};
 }
 
 XECO_DEVICE void commit_copies() {}
@@ -59,6 +60,7 @@ XECO_DEVICE void wait_copies(int) {}
 XECO_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 XECO_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
 XECO_DEVICE float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
+XECO_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 struct BFloat16 {
   using Storage = uint16_t;

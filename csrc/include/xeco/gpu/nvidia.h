@@ -30,10 +30,9 @@ XECO_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes, or as many zeros where they are not `there`: then nothing is read. .cg: past the L1 cache, since the rows
-// of a tile are used from shared memory alone.
-XECO_DEVICE void copy_async_16(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+// .cg: past the L1 cache, since the rows of a tile are used from shared memory alone.
+XECO_DEVICE void copy_async_16(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 }
 
@@ -61,6 +60,7 @@ XECO_DEVICE float log2(float x) {
 }
 
 XECO_DEVICE float fmax(float a, float b) { return fmaxf(a, b); }
+XECO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 struct BFloat16 {
   using Storage = uint16_t;

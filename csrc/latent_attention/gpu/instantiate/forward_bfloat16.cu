@@ -5,11 +5,11 @@
 namespace xeco::gpu {
 
 void forward_bfloat16(const ForwardParams& params, const Parts& parts, const Stream& stream) {
-  run_forward<BFloat16>(params, parts, stream);
+  run_forward<BFloat16, false>(params, parts, stream);
 }
 
 ForwardBlocks forward_blocks(const AttentionShape& shape, const Stream& stream) {
-  return blocks_of_forward<BFloat16>(shape, stream);
+  return blocks_of_forward<BFloat16, false>(shape, stream);
 }
 
 }  // namespace xeco::gpu

@@ -5,7 +5,7 @@
 namespace xeco::gpu {
 
 void forward_float16(const ForwardParams& params, const Parts& parts, const Stream& stream) {
-  run_forward<Float16>(params, parts, stream);
+  run_forward<Float16, false>(params, parts, stream);
 }
 
 }  // namespace xeco::gpu
