@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xeco_convert.ops import latent_attention, latent_attention_decode
+from xeco_convert.ops import latent_attention, latent_attention_decode, latent_attention_packed
+from xeco_convert.ops.packed_rows import pack_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class GpuCase:
     def cache_bytes(self) -> int:
         """Latents and rotary keys, read once."""
         return self.batch * self.tokens * (self.rank + self.rope) * 2
+
+    def code_bytes(self, bits: tuple[int, int]) -> int:
+        """The same in codes of so many bits, with their scales."""
+        return self.batch * self.tokens * (self.rank * bits[0] // 8 + self.rope * bits[1] // 8 + 4)
 
 
 class Layer:
@@ -152,6 +157,23 @@ def decode_paged(layer: Layer, page_size: int = 64) -> Callable[[], Tensor]:
     lengths = torch.full((case.batch,), case.tokens, device=device)
     return lambda: latent_attention_decode(
         q_latent, layer.q_rope, *caches, softmax_scale=case.scale, block_table=table, lengths=lengths
+    )[0]
+
+
+def decode_packed(layer: Layer, bits: tuple[int, int]) -> Callable[[], Tensor]:
+    """The same over codes of so many bits for latents and rotary keys, which stand for nearly the same rows."""
+    q_latent = layer.q_latent()
+    rows = [
+        torch.cat([pack_rows(part, each) for part in whole])  # float32 of the whole cache would not fit
+        for whole, each in ((layer.c_kv.split(1), bits[0]), (layer.k_rope.split(1), bits[1]))
+    ]
+    return lambda: latent_attention_packed(
+        q_latent,
+        layer.q_rope,
+        *rows,
+        latent_bits=bits[0],
+        rope_bits=bits[1],
+        softmax_scale=layer.case.scale,
     )[0]
 
 

@@ -43,11 +43,13 @@ def test_a_decode_step_computes_the_same_in_every_implementation() -> None:
     ours = peers.decode_fused(layer)()
     assert_same(peers.decode_paged(layer)(), ours)
     assert_same(peers.decode_decompressed(layer)()[..., : DECODE.nope].transpose(1, 2), layer.output(ours))
+    assert_same(peers.decode_packed(layer, (8, 8))(), ours)
 
 
 def test_work_and_bytes_are_counted_from_the_sizes() -> None:
     assert FORWARD.flop == 2 * (2 * 32 + 16) * 3 * 2 * (64 * 65 // 2)
     assert DECODE.cache_bytes == 2 * 128 * (32 + 16) * 2
+    assert DECODE.code_bytes((4, 8)) == 2 * 128 * (16 + 2 + 16 + 2)
 
 
 class StillClock:
@@ -86,12 +88,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_case_becomes_a_line_of_the_table() -> None:
     results: dict = {"cases": [], "failures": []}
-    for measure in (bench.decode_rows, bench.decompressed_rows, bench.forward_rows, bench.training_rows):
+    parts = (bench.decode_rows, bench.decompressed_rows, bench.forward_rows, bench.training_rows, bench.code_rows)
+    for measure in parts:
         bench.collect(measure, results, StillClock(), CEILINGS)
     assert results["failures"] == []
-    assert [line["unit"] for line in results["cases"]] == ["GB/s", "GB/s", "x", "TFLOP/s", "x"]
+    assert [line["unit"] for line in results["cases"]] == ["GB/s", "GB/s", "x", "TFLOP/s", "x", *["GB/s"] * 3]
     assert results["cases"][0]["figure"] == DECODE.cache_bytes / 1e6
     assert results["cases"][2]["share"] == 2.0 and results["cases"][4]["share"] == 2.0
+    of_codes = results["cases"][5]
+    assert of_codes["figure"] == DECODE.code_bytes((8, 8)) / 2e6 and of_codes["share"] == 0.5
 
 
 @pytest.mark.usefixtures("small")

@@ -9,6 +9,8 @@ from emulated import Emulated
 from operands import Sizes, inputs
 from torch import Tensor
 
+from xeco_convert.ops.packed_rows import pack_rows
+
 SEEDS = range(5)
 # Several tiles for every stage, and every way to share rows: warps by rows, by columns, by both, some without tokens.
 FORWARD = [
@@ -26,6 +28,13 @@ def forward(gpu: Emulated, sizes: Sizes, stages: int) -> list[Tensor]:
     return list(machine.latent_attention(*inputs(sizes, torch.bfloat16), softmax_scale=sizes.softmax_scale))
 
 
+def packed(gpu: Emulated, sizes: Sizes, stages: int) -> list[Tensor]:
+    """Over rows of codes."""
+    machine, (q_latent, q_rope, c_kv, k_rope) = replace(gpu, max_stages=stages), inputs(sizes, torch.bfloat16)
+    rule: dict[str, Any] = {"latent_bits": 4, "rope_bits": 8, "softmax_scale": sizes.softmax_scale}
+    return list(machine.latent_attention_packed(q_latent, q_rope, pack_rows(c_kv, 4), pack_rows(k_rope, 8), **rule))
+
+
 def backward(gpu: Emulated, sizes: Sizes, stages: int, saved: list[Tensor], **fields: Any) -> list[Tensor]:
     """d_q_latent, d_q_rope, d_c_kv, d_k_rope."""
     machine, tensors = replace(gpu, max_stages=stages, **fields), inputs(sizes, torch.bfloat16)
@@ -37,11 +46,12 @@ def same(results: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", [forward, packed])
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("sizes", FORWARD)
-def test_the_forward_pass_is_the_same_in_every_order(emulated: Emulated, sizes: Sizes, stages: int) -> None:
-    expected = forward(emulated, sizes, stages)
-    assert all(same(forward(replace(emulated, seed=seed), sizes, stages), expected) for seed in SEEDS)
+def test_the_forward_pass_is_the_same_in_every_order(emulated: Emulated, sizes: Sizes, stages: int, kind: Any) -> None:
+    expected = kind(emulated, sizes, stages)
+    assert all(same(kind(replace(emulated, seed=seed), sizes, stages), expected) for seed in SEEDS)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -52,15 +62,18 @@ def test_the_backward_pass_is_the_same_in_every_order(emulated: Emulated, sizes:
     assert all(same(backward(emulated, sizes, stages, saved, seed=seed), expected) for seed in SEEDS)
 
 
+@pytest.mark.parametrize("kind", [forward, packed])
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("sizes", FORWARD)
-def test_no_barrier_of_the_forward_pass_could_be_left_out(emulated: Emulated, sizes: Sizes, stages: int) -> None:
-    expected = forward(emulated, sizes, stages)
+def test_no_barrier_of_the_forward_pass_could_be_left_out(
+    emulated: Emulated, sizes: Sizes, stages: int, kind: Any
+) -> None:
+    expected = kind(emulated, sizes, stages)
     count = emulated.num_barriers(0)
     assert count >= 3
     for barrier in range(count):
         orders = (replace(emulated, seed=seed, without_barrier=barrier) for seed in SEEDS)
-        assert not all(same(forward(order, sizes, stages), expected) for order in orders), f"{barrier} of {count}"
+        assert not all(same(kind(order, sizes, stages), expected) for order in orders), f"{barrier} of {count}"
 
 
 @pytest.mark.parametrize("stages", [1, 3])

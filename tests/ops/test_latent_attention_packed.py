@@ -145,7 +145,7 @@ BAD: dict[str, tuple[dict[int, Any], dict[str, Any], str]] = {
         {"latent_bits": 8},
         r"c_kv: expected \[B, T, bytes\] = \[2, any, 26\], got \[2, 129, 14\]",
     ),
-    "rows of numbers": ({2: torch.zeros(2, 129, 14)}, {}, r"c_kv: expected uint8 on cpu, got torch.float32"),
+    "rows of numbers": ({2: torch.zeros(2, 129, 14)}, {}, r"c_kv: expected uint8( on \S+)?, got torch.float32"),
     "fewer keys": (
         {3: torch.zeros(2, 9, 10, dtype=torch.uint8)},
         {},
@@ -164,6 +164,7 @@ BAD: dict[str, tuple[dict[int, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.on_host  # a range is a value: on a GPU the kernel finds it, and stops
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence(case: str) -> None:
     changes, settings, sentence = BAD[case]

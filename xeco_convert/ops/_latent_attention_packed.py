@@ -1,7 +1,7 @@
 """The op xeco::latent_attention_packed: `latent_attention` over a cache in 8 or 4 bits, which is read as it lies.
 
 Schema, reference and fake; the kernels are in csrc/latent_attention/. There is no gradient: training rounds what it caches, and
-attends to that (`packed_rows.as_cached`). A GPU has no kernel of its own for it, models widen the rows there.
+attends to that (`packed_rows.as_cached`).
 
 Letters: B batch, Q query tokens, T cached tokens, H heads, R kv_lora_rank, P qk_rope_head_dim.
 """
@@ -62,8 +62,8 @@ def latent_attention_packed(
     c_kv uint8 [B, T, R · latent_bits / 8 + 2] and k_rope uint8 [B, T, P · rope_bits / 8 + 2], bits 8 or 4 each, R and P even at
     4; any strides, the last dimension dense. Rows of the cache stay codes: the kernels widen a tile of tokens at a time, or
     multiply bytes where the processor can (AVX-512 VNNI), which rounds queries and softmax weights to 15 bits of their largest
-    number (relative error 3e-5). Everything else as in `latent_attention`, without gradients; raises `ValueError` where one
-    would be needed.
+    number (relative error 3e-5). On a GPU codes are exact in the dtype of the queries, and scales stay float32. Everything else
+    as in `latent_attention`, without gradients; raises `ValueError` where one would be needed.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_latent, q_rope)):
         raise ValueError(f"{_OP}: has no gradient: expected torch.no_grad() or detached inputs")

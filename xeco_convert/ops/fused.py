@@ -27,7 +27,7 @@ def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
 
 def reads_codes(device_type: str) -> bool:
     """Whether the kernels of a device read rows of codes as they lie; elsewhere rows are widened first."""
-    return device_type == "cpu"
+    return device_type in ("cpu", "cuda")
 
 
 def fused_attention(

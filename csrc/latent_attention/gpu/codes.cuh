@@ -11,10 +11,13 @@
 
 namespace xeco::gpu {
 
+// code_row_bytes, for the device as well.
+XECO_LAYOUT int code_bytes(int64_t width, int64_t bits) { return static_cast<int>(width * bits / 8 + kScaleBytes); }
+
 // Rows of any length begin at any byte, and copies take 16 bytes from a multiple of 16: a row's place in shared memory
 // has room for all that it touches, and the row lies in it as it lies in global memory.
 XECO_LAYOUT int code_row_place(int64_t width, int64_t bits) {
-  return static_cast<int>((code_row_bytes(width, bits) + 30) / 16 * 16);
+  return (code_bytes(width, bits) + 30) / 16 * 16;
 }
 
 // Of a token: latent, then rotary key. Where copies pass through registers rows are widened from global memory.
@@ -111,7 +114,7 @@ struct CodeRows {
         place(code_row_place(width_, bits_)) {}
 
   XECO_DEVICE void copy(uint8_t* to, int token) const {
-    const uint8_t *row = rows + token * stride, *end = row + code_row_bytes(width, bits);
+    const uint8_t *row = rows + token * stride, *end = row + code_bytes(width, bits);
     const int at = thread_index() % kCopyLanes * 16;
     const uint8_t* from = row - behind_multiple(row, 16) + at;
     for (int i = at; from < end; i += kCopyLanes * 16, from += kCopyLanes * 16)

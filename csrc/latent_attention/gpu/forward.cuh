@@ -340,11 +340,13 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
 
   for (int number = 0; number < num_tiles; ++number) {
     if (one_stage) {
-      if (number > 0) sync_block();
+      // Where codes are copied, all of the last tile's were widened before it was used; where they are not, load_tile
+      // does nothing.
+      if (number > 0 && !(Tile::kPacked && kCopiesAreAsynchronous)) sync_block();
       load_tile(number);
       commit_copies();
       wait_copies(0);
-      sync_block();
+      if (!Tile::kPacked || kCopiesAreAsynchronous) sync_block();
     } else {
       wait_copies(stages - 2);
       sync_block();  // the tile is there for all, and all are done with the one before it, whose place is filled now
