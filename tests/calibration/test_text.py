@@ -46,6 +46,21 @@ def test_no_more_windows_than_asked_for() -> None:
     assert windows_of([], num_tokens=9).ids.shape == (0, 4)
 
 
+def test_windows_are_spread_over_all_of_a_longer_text() -> None:
+    """Those that calibrate, those that choose between fits behind them, and those that measure at the end: each part of them."""
+    starts = windows_of([list(range(400)), list(range(400, 1200))], num_tokens=480).ids[:, 0]
+    assert len(starts) == len(set(starts.tolist())) == 120
+    for part in (starts, starts[:60], starts[60:90], starts[-30:]):
+        gaps = torch.cat([torch.tensor([0]), part.sort().values, torch.tensor([1200])]).diff()
+        assert float(gaps.max()) <= 3.5 * 1200 / len(part)
+    unequal = windows_of([[5] * 3, [6] * 40, *[[7]] * 50], num_tokens=20)
+    assert 20 <= unequal.num_tokens < 24 and unequal.ids.shape[0] > 10
+
+
+def test_all_of_a_shorter_text_is_taken_in_its_order() -> None:
+    assert windows_of([list(range(3, 13)), [20]], num_tokens=11).ids[:, 0].tolist() == [3, 7, 11, 20]
+
+
 def test_the_first_windows_alone() -> None:
     windows = windows_of([[5] * 12]).first(2)
     assert windows.ids.shape == windows.counts.shape == (2, 4) and windows.description == "documents"
@@ -70,7 +85,8 @@ def test_every_kind_of_file_gives_the_same_tokens(kind: str, llama: Path, tmp_pa
     (tmp_path / name).write_text(content)
     windows = read_windows(str(tmp_path / name), llama, length=50, num_tokens=1200)
     assert windows.ids.shape == (24, 50) and bool(windows.counts.all())
-    assert windows.ids.flatten().tolist() == IDS[:1200]
+    assert windows.ids.tolist() == windows_of([IDS], length=50, num_tokens=1200).ids.tolist()
+    assert read_windows(str(tmp_path / name), llama, length=50, num_tokens=1500).ids.flatten().tolist() == IDS
     assert windows.description == str(tmp_path / name)
 
 
@@ -82,15 +98,15 @@ def test_a_parquet_file_gives_the_same_tokens(llama: Path, tmp_path: Path, monke
     datasets.Dataset.from_dict({"text": [" ".join(WORDS[:750]), " ".join(WORDS[750:])]}).to_parquet(
         str(tmp_path / "a.parquet")
     )
-    windows = read_windows(str(tmp_path / "a.parquet"), llama, length=50, num_tokens=1200)
-    assert windows.ids[windows.counts].tolist() == IDS[:1200]
+    windows = read_windows(str(tmp_path / "a.parquet"), llama, length=50, num_tokens=1500)
+    assert windows.ids[windows.counts].tolist() == IDS
 
 
 def test_several_documents_stay_apart_and_windows_are_no_longer_than_them(llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(lines(*({"text": " ".join(WORDS[start : start + 30])} for start in range(0, 1500, 30))))
-    windows = read_windows(str(file), llama, length=512, num_tokens=1200)
-    assert windows.ids.shape == (40, 30) and windows.ids.flatten().tolist() == IDS[:1200]
+    windows = read_windows(str(file), llama, length=512, num_tokens=1500)
+    assert windows.ids.shape == (50, 30) and windows.ids.flatten().tolist() == IDS
 
 
 def test_special_tokens_in_a_text_do_not_count(llama: Path, tmp_path: Path) -> None:

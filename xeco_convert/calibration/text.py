@@ -14,12 +14,14 @@ from xeco_convert.errors import CheckpointError
 from xeco_convert.tokenizer import load_tokenizer
 
 _MOST_DOCUMENTS = 100_000
+_CHOSEN_FROM = 32  # times as many tokens as are asked for are read, where there are so many
 
 
 def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int) -> CalibrationWindows:
     """Windows of about `num_tokens` tokens from what --calibration names, tokenized as the checkpoint in `folder` does.
 
-    A file of running text is one document, without special tokens, and so is the text of a record.
+    A file of running text is one document, without special tokens, and so is the text of a record. The windows are evenly spread
+    over the text, of records over the first 32 times as many tokens.
 
     Raises `CheckpointError` as `read_records` and `Encoder` do, and for too little text.
     """
@@ -32,7 +34,7 @@ def read_windows(calibration: str, folder: Path, *, length: int, num_tokens: int
     for record in islice(read_records(calibration), _MOST_DOCUMENTS):
         documents.append(list(encoder.encode(record).ids))
         count += len(documents[-1])
-        if count >= num_tokens:
+        if count >= _CHOSEN_FROM * num_tokens:
             break
     windows = windows_of_documents(
         documents,
