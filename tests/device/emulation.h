@@ -105,6 +105,10 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+inline uint32_t with_byte(uint32_t base, uint32_t word, int at) {
+  return (base & 0xffff00ffu) | (word >> (8 * at) & 255u) << 8;
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -119,6 +123,9 @@ struct BFloat16 {
     return (x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   }
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+  static uint32_t centered(uint32_t nibbles) {
+    return pack(static_cast<float>(nibbles & 0xffffu) / 8 - 0.9375f, static_cast<float>(nibbles >> 16) / 8 - 0.9375f);
+  }
 };
 
 struct Float16 {
@@ -143,6 +150,9 @@ struct Float16 {
     return sign | (step == -24 ? steps : static_cast<uint32_t>(step + 24) * 1024 + steps);
   }
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+  static uint32_t centered(uint32_t nibbles) {
+    return pack(static_cast<float>(nibbles & 0xffffu) / 8 - 0.9375f, static_cast<float>(nibbles >> 16) / 8 - 0.9375f);
+  }
 };
 
 inline uint16_t half_of(const uint32_t* words, int element) {

@@ -15,7 +15,9 @@
 //   exp2(x), log2(x)                         the processor's own, about 2 ulp
 //   fmax(a, b)                               the larger number; the other one where one is NaN
 //   float_of(bits)                           the float32 that has these bits
+//   with_byte(base, word, at)                base, whose second byte is that of word with this number, 0 the lowest
 //   widen / pack of BFloat16 and Float16     round to nearest even
+//   centered(nibbles) of both                c / 8 - 15/16 of the codes in bits 0 to 3 and 16 to 19, exact
 //   trap()                                   end the kernel with an error: a value on the device that no host check saw
 // and the matrix instruction that gpu/products.h builds on: mma.sync and ldmatrix, or, where it defines
 // XECO_MATRIX_IS_MFMA, MFMA.

@@ -14,11 +14,9 @@ namespace xeco::gpu {
 // code_row_bytes, for the device as well.
 XECO_LAYOUT int code_bytes(int64_t width, int64_t bits) { return static_cast<int>(width * bits / 8 + kScaleBytes); }
 
-// Rows of any length begin at any byte, and copies take 16 bytes from a multiple of 16: a row's place in shared memory
-// has room for all that it touches, and the row lies in it as it lies in global memory.
-XECO_LAYOUT int code_row_place(int64_t width, int64_t bits) {
-  return (code_bytes(width, bits) + 30) / 16 * 16;
-}
+// Rows of any length begin at any byte, and copies take 16 bytes from a multiple of 16, to a place that lies as they
+// do. Rows that follow one another are copied as one piece; others one by one, each with room for all that it touches.
+XECO_LAYOUT int code_row_place(int64_t width, int64_t bits) { return (code_bytes(width, bits) + 30) / 16 * 16; }
 
 // Of a token: latent, then rotary key. Where copies pass through registers rows are widened from global memory.
 XECO_LAYOUT int code_places(const AttentionShape& shape) {
@@ -45,86 +43,155 @@ XECO_DEVICE Bytes8 bytes_at(const uint8_t* from) {
   return {{joined(first, second), joined(second, third)}};
 }
 
-// v of the code whose lowest bit is bit `at`, without a conversion: behind 2^15 a float32 counts in steps of 2^-8.
-template <int kBits>
-XECO_DEVICE float number_at(uint32_t word, int at) {
-  constexpr uint32_t kBase = 0x47000000u, kMask = (1u << kBits) - 1;
-  return float_of(kBase | (word >> at & kMask) << (9 - kBits)) - (32769.0f - 1.0f / (1 << kBits));
+// v of the 8-bit code in byte `at`, without a conversion: as second byte of 2^8 its unit counts 2^-7.
+XECO_DEVICE float number_in(uint32_t word, int at) {
+  return float_of(with_byte(0x43800000u, word, at)) - (257.0f - 1.0f / 256);
 }
 
-// Eight numbers to 16 bytes: of each byte, the code from bit kFrom on.
-template <class Element, int kBits, int kFrom>
-XECO_DEVICE void write_numbers(uint16_t* to, const Bytes8& codes) {
-  struct alignas(16) Words {
-    uint32_t words[4];
-  } numbers;
+struct alignas(16) Numbers8 {
+  uint32_t words[4];
+};
+
+// Those of 8 bytes.
+template <class Element>
+XECO_DEVICE void write_bytes(uint16_t* to, const Bytes8& codes) {
+  Numbers8 numbers;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const uint32_t word = codes.words[w / 2];
-    const int at = w % 2 * 16 + kFrom;
-    numbers.words[w] = Element::pack(number_at<kBits>(word, at), number_at<kBits>(word, at + 8));
+    numbers.words[w] = Element::pack(number_in(word, w % 2 * 2), number_in(word, w % 2 * 2 + 1));
   }
-  *reinterpret_cast<Words*>(to) = numbers;
+  *reinterpret_cast<Numbers8*>(to) = numbers;
 }
 
-// This thread's share of one row; zeros behind its width, and all of it where it is not `there`. Returns f.
-template <class Element, int kBits>
-XECO_DEVICE float widen_row(uint16_t* to, const uint8_t* from, bool there, int width) {
-  const int bytes = width * kBits / 8, half = width / 2, first = thread_index() % kCopyLanes * 8;
-  constexpr int kStep = kCopyLanes * 8;
-  // whole groups of eight alone, in 4 bits on both sides of the half
-  if (there && width % (64 / kBits) == 0) {
-    for (int at = first; at < bytes; at += kStep) {
-      const Bytes8 codes = bytes_at(from + at);
-      write_numbers<Element, kBits, 0>(to + at, codes);
-      if constexpr (kBits == 4) write_numbers<Element, kBits, 4>(to + half + at, codes);
-    }
-    for (int at = width + first; at < padded(width); at += kStep)
-      write_numbers<Element, kBits, 0>(to + at, {{0, 0}});  // any number: the queries have zeros there
-  } else {
-    for (int group = first; group < padded(width); group += kStep)
-      for (int column = group; column < group + 8; ++column) {
-        const int byte = kBits == 8 || column < half ? column : column - half;
-        const bool is_code = there && column < width;
-        const float number = is_code ? number_at<kBits>(from[byte], kBits == 8 || column < half ? 0 : 4) : 0.0f;
-        to[column] = static_cast<uint16_t>(Element::pack(number, 0.0f));
-      }
-  }
-  if (!there) return 0.0f;
-  const uint32_t scale = from[bytes] | static_cast<uint32_t>(from[bytes + 1]) << 8;
-  return BFloat16::widen(static_cast<uint16_t>(scale)) * (1 << (kBits - 1));
-}
-
+// Those of the low halves of 8 bytes, and of the high halves.
 template <class Element>
-XECO_DEVICE float widen_row(uint16_t* to, const uint8_t* from, bool there, int width, int bits) {
-  return bits == 8 ? widen_row<Element, 8>(to, from, there, width) : widen_row<Element, 4>(to, from, there, width);
+XECO_DEVICE void write_nibbles(uint16_t* low_to, uint16_t* high_to, const Bytes8& codes) {
+  Numbers8 low, high;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    constexpr uint32_t kNibbles = 0x000f000fu;
+    const uint32_t word = codes.words[w / 2] >> w % 2 * 16, apart = (word & 0xffu) | (word & 0xff00u) << 8;
+    low.words[w] = Element::centered(apart & kNibbles);
+    high.words[w] = Element::centered(apart >> 4 & kNibbles);
+  }
+  *reinterpret_cast<Numbers8*>(low_to) = low;
+  *reinterpret_cast<Numbers8*>(high_to) = high;
 }
 
 // The latents of a sequence, or its rotary keys.
 struct CodeRows {
   const uint8_t* rows;
   int64_t stride;
-  int width, bits, place;
+  int width, bits, bytes;
+  int pitch,
+      slip;  // of copied rows: how far apart they are, and how much further each one lies behind a multiple of 16
 
   XECO_DEVICE CodeRows(const RowsView& view, int64_t batch, int64_t width_, int64_t bits_)
       : rows(static_cast<const uint8_t*>(view.data) + batch * view.outer_stride),
         stride(view.row_stride),
         width(static_cast<int>(width_)),
         bits(static_cast<int>(bits_)),
-        place(code_row_place(width_, bits_)) {}
+        bytes(code_bytes(width_, bits_)),
+        pitch(stride == bytes ? bytes : code_row_place(width_, bits_)),
+        slip(stride == bytes ? 0 : static_cast<int>(stride & 15)) {}
 
-  XECO_DEVICE void copy(uint8_t* to, int token) const {
-    const uint8_t *row = rows + token * stride, *end = row + code_bytes(width, bits);
-    const int at = thread_index() % kCopyLanes * 16;
-    const uint8_t* from = row - behind_multiple(row, 16) + at;
-    for (int i = at; from < end; i += kCopyLanes * 16, from += kCopyLanes * 16)
-      copy_async_16(to + i, from, static_cast<int>(min<int64_t>(16, end - from)));
+  // `count` rows from `first` on, as they lie.
+  template <int kThreads>
+  XECO_DEVICE void copy(uint8_t* to, int first, int count) const {
+    const uint8_t* from = rows + first * stride;
+    if (stride == bytes) {
+      const int behind = behind_multiple(from, 16), end = behind + count * bytes;
+      from -= behind;
+      for (int at = thread_index() * 16; at < end; at += kThreads * 16)
+        copy_async_16(to + at, from + at, min(16, end - at));
+      return;
+    }
+    for (int row = thread_index() / kCopyLanes; row < count; row += kThreads / kCopyLanes) {
+      const uint8_t* of_row = from + row * stride;
+      const int behind = behind_multiple(of_row, 16), end = behind + bytes;
+      for (int at = thread_index() % kCopyLanes * 16; at < end; at += kCopyLanes * 16)
+        copy_async_16(to + row * pitch + at, of_row - behind + at, min(16, end - at));
+    }
   }
 
-  // Of a token whose row was copied to `place`, or of one in global memory.
-  XECO_DEVICE const uint8_t* copied(const uint8_t* to, int token) const {
-    const uint8_t* row = rows + token * stride;
-    return kCopiesAreAsynchronous ? to + behind_multiple(row, 16) : row;
+  // What copy() has brought, as numbers v with the factor f of each row; zeros in rows from `count` on, of which there
+  // are kCount.
+  template <class Element, int kCount, int kThreads>
+  XECO_DEVICE void widen(uint16_t* to, int to_stride, float* factors, const uint8_t* copied, int first,
+                         int count) const {
+    const Source source(*this, copied, first);
+    if (bits == 8)
+      widen_bits<Element, 8, kCount, kThreads>(to, to_stride, source, count);
+    else
+      widen_bits<Element, 4, kCount, kThreads>(to, to_stride, source, count);
+    for (int row = thread_index(); row < kCount; row += kThreads) {
+      float factor = 0.0f;
+      if (row < count) {
+        const uint8_t* scale = source.row(row) + bytes - kScaleBytes;
+        factor = BFloat16::widen(static_cast<uint16_t>(scale[0] | scale[1] << 8)) * (1 << (bits - 1));
+      }
+      factors[row] = factor;
+    }
+  }
+
+ private:
+  // Where rows are read from: copied ones, or those in global memory.
+  struct Source {
+    const uint8_t* base;
+    int behind, pitch, slip;
+    int64_t stride;
+
+    XECO_DEVICE Source(const CodeRows& of, const uint8_t* copied, int first)
+        : base(kCopiesAreAsynchronous ? copied : of.rows + first * of.stride),
+          behind(behind_multiple(of.rows + first * of.stride, 16)),
+          pitch(of.pitch),
+          slip(of.slip),
+          stride(of.stride) {}
+
+    XECO_DEVICE const uint8_t* row(int number) const {
+      if constexpr (!kCopiesAreAsynchronous) return base + number * stride;
+      return base + number * pitch + ((behind + number * slip) & 15);
+    }
+  };
+
+  template <class Element, int kBits, int kCount, int kThreads>
+  XECO_DEVICE void widen_bits(uint16_t* to, int to_stride, const Source& source, int count) const {
+    if (width % (64 / kBits) != 0) return widen_singly<Element, kBits, kCount, kThreads>(to, to_stride, source, count);
+    // Groups of 8 bytes, as many threads for each row as it has groups, or 8.
+    const int groups = (bytes - kScaleBytes) / 8, all = kBits == 8 ? padded(width) / 8 : groups;
+    const int lanes = all > 4 ? 8 : all > 2 ? 4 : all, shift = lanes == 8 ? 3 : lanes / 2;
+    const int step = kThreads >> shift;
+#pragma unroll 2
+    for (int row = thread_index() >> shift; row < kCount; row += step) {
+      const uint8_t* from = source.row(row);
+      uint16_t* numbers = to + row * to_stride;
+      for (int group = thread_index() & (lanes - 1); group < all; group += lanes) {
+        Bytes8 codes = {
+            {0, 0}};  // any number: the queries have zeros behind the width, and hidden rows a weight of zero
+        if (row < count && group < groups) codes = bytes_at(from + group * 8);
+        if constexpr (kBits == 8)
+          write_bytes<Element>(numbers + group * 8, codes);
+        else
+          write_nibbles<Element>(numbers + group * 8, numbers + width / 2 + group * 8, codes);
+      }
+    }
+  }
+
+  // Widths of which groups of 8 bytes make no whole.
+  template <class Element, int kBits, int kCount, int kThreads>
+  XECO_DEVICE void widen_singly(uint16_t* to, int to_stride, const Source& source, int count) const {
+    for (int row = thread_index() / kCopyLanes; row < kCount; row += kThreads / kCopyLanes)
+      for (int column = thread_index() % kCopyLanes; column < padded(width); column += kCopyLanes) {
+        uint32_t number = 0;
+        if (row < count && column < width) {
+          const bool is_low = kBits == 8 || column < width / 2;
+          const uint32_t byte = source.row(row)[is_low ? column : column - width / 2];
+          number =
+              kBits == 8 ? Element::pack(number_in(byte, 0), 0.0f) : Element::centered(is_low ? byte & 15 : byte >> 4);
+        }
+        to[row * to_stride + column] = static_cast<uint16_t>(number);
+      }
   }
 };
 
@@ -132,41 +199,31 @@ struct CodeRows {
 struct CodeTiles {
   CodeRows latents, keys;
   int stride, latent_width;  // of a widened row
+  int latent_place;          // bytes of a copied latent, at most
 
   XECO_DEVICE CodeTiles(const AttentionShape& shape, const RowsView& c_kv, const RowsView& k_rope, int64_t batch)
       : latents(c_kv, batch, shape.rank, shape.latent_bits),
         keys(k_rope, batch, shape.rope, shape.rope_bits),
         stride(row_stride(shape)),
-        latent_width(padded(shape.rank)) {}
+        latent_width(padded(shape.rank)),
+        latent_place(code_row_place(shape.rank, shape.latent_bits)) {}
 
-  // kCount tokens from `first` on, as they lie; those outside [low, high) are not read.
+  // kCount tokens from `first` on, which is seen; those behind seen.high are not read.
   template <int kCount, int kThreads>
   XECO_DEVICE void load(uint8_t* to, int first, const Seen& seen) const {
     if constexpr (!kCopiesAreAsynchronous) return;
-    for (int row = thread_index() / kCopyLanes; row < kCount; row += kThreads / kCopyLanes) {
-      const int token = first + row;
-      if (token < seen.low || token >= seen.high) continue;
-      uint8_t* place = to + row * (latents.place + keys.place);
-      latents.copy(place, token);
-      keys.copy(place + latents.place, token);
-    }
+    const int count = min(kCount, seen.high - first);
+    latents.copy<kThreads>(to, first, count);
+    keys.copy<kThreads>(to + kCount * latent_place, first, count);
   }
 
   // What load() has brought, as a tile of numbers v, and the factors f of its latents and then of its keys.
   template <class Element, int kCount, int kThreads>
   XECO_DEVICE void widen(uint16_t* to, float* factors, const uint8_t* from, int first, const Seen& seen) const {
-    for (int row = thread_index() / kCopyLanes; row < kCount; row += kThreads / kCopyLanes) {
-      const int token = first + row;
-      const bool there = token >= seen.low && token < seen.high;
-      const uint8_t* place = from + row * (latents.place + keys.place);
-      uint16_t* numbers = to + row * stride;
-      const int read = there ? token : 0;
-      const float of_latent =
-          widen_row<Element>(numbers, latents.copied(place, read), there, latents.width, latents.bits);
-      const float of_key = widen_row<Element>(numbers + latent_width, keys.copied(place + latents.place, read), there,
-                                              keys.width, keys.bits);
-      if (thread_index() % kCopyLanes == 0) factors[row] = of_latent, factors[kCount + row] = of_key;
-    }
+    const int count = min(kCount, seen.high - first);
+    latents.widen<Element, kCount, kThreads>(to, stride, factors, from, first, count);
+    keys.widen<Element, kCount, kThreads>(to + latent_width, stride, factors + kCount, from + kCount * latent_place,
+                                          first, count);
   }
 };
 

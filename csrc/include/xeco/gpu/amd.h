@@ -61,6 +61,15 @@ XECO_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 XECO_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
 XECO_DEVICE float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
 XECO_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+XECO_DEVICE uint32_t with_byte(uint32_t base, uint32_t word, int at) {
+  return __builtin_amdgcn_perm(word, base, 0x03020000u | static_cast<uint32_t>(4 + at) << 8);
+}
+
+template <class Element>
+XECO_DEVICE uint32_t centered_by_floats(uint32_t nibbles) {
+  const auto number = [](uint32_t code) { return static_cast<float>(code) * 0.125f - 0.9375f; };
+  return Element::pack(number(nibbles & 15), number(nibbles >> 16));
+}
 
 struct BFloat16 {
   using Storage = uint16_t;
@@ -71,6 +80,7 @@ struct BFloat16 {
     return (x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   }
   XECO_DEVICE static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+  XECO_DEVICE static uint32_t centered(uint32_t nibbles) { return centered_by_floats<BFloat16>(nibbles); }
 };
 
 struct Float16 {
@@ -78,6 +88,7 @@ struct Float16 {
   XECO_DEVICE static float widen(uint16_t bits) { return static_cast<float>(__builtin_bit_cast(_Float16, bits)); }
   XECO_DEVICE static uint32_t round(float x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
   XECO_DEVICE static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+  XECO_DEVICE static uint32_t centered(uint32_t nibbles) { return centered_by_floats<Float16>(nibbles); }
 };
 
 // d += a · b for 16×16×16 (V_MFMA_F32_16X16X16_BF16_1K, _F16).

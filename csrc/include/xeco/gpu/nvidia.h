@@ -61,6 +61,9 @@ XECO_DEVICE float log2(float x) {
 
 XECO_DEVICE float fmax(float a, float b) { return fmaxf(a, b); }
 XECO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+XECO_DEVICE uint32_t with_byte(uint32_t base, uint32_t word, int at) {
+  return __byte_perm(base, word, 0x3200u | static_cast<uint32_t>(4 + at) << 4);
+}
 
 struct BFloat16 {
   using Storage = uint16_t;
@@ -68,6 +71,14 @@ struct BFloat16 {
   XECO_DEVICE static uint32_t pack(float low, float high) {
     uint32_t both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+  }
+  // 16 + c, whose steps are an eighth, times an eighth, less 2 + 15/16.
+  XECO_DEVICE static uint32_t centered(uint32_t nibbles) {
+    uint32_t both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(both)
+        : "r"(nibbles << 3 | 0x41804180u), "r"(0x3e003e00u), "r"(0xc03cc03cu));
     return both;
   }
 };
@@ -82,6 +93,14 @@ struct Float16 {
   XECO_DEVICE static uint32_t pack(float low, float high) {
     uint32_t both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+  }
+  // As BFloat16's; the steps of 16 are a 64th.
+  XECO_DEVICE static uint32_t centered(uint32_t nibbles) {
+    uint32_t both;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;"
+        : "=r"(both)
+        : "r"(nibbles << 6 | 0x4c004c00u), "r"(0x30003000u), "r"(0xc1e0c1e0u));
     return both;
   }
 };
