@@ -25,6 +25,7 @@ from xeco_convert.quality import OutputHead
 from xeco_convert.source import SourceModel
 
 BATCH_WINDOWS = 4
+_LEAST_SQUARE = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,13 @@ class LayerView:
         if self.family.post_attention_norm:
             return output
         return output + (self.inputs[part] - inputs) / self.residual_scale
+
+    def token_weights(self, part: slice | Tensor) -> Tensor:
+        """How much squared errors of the residual stream behind the attention count [w, T]: by the inverse of its mean square
+        in the source, since the norm that follows divides by its root. Tokens with massive activations, a handful of a text,
+        would decide alone otherwise (arXiv 2402.17762)."""
+        after = self.inputs[part] + self.residual_scale * self.attention_output[part]
+        return after.square().mean(dim=-1).clamp_min(_LEAST_SQUARE).reciprocal()
 
     @property
     def attention(self) -> nn.Module:

@@ -38,9 +38,18 @@ class ValueRefit:
         self._fitted = _Moments.of(features, mla.o_weight)
         self._held_out = _Moments.of(features, mla.o_weight)
 
-    def add(self, x_WTX: Tensor, counts_WT: Tensor, target_WTX: Tensor, *, held_out: bool = False) -> None:
+    def add(
+        self,
+        x_WTX: Tensor,
+        counts_WT: Tensor,
+        target_WTX: Tensor,
+        weights_WT: Tensor | None = None,
+        *,
+        held_out: bool = False,
+    ) -> None:
         """Windows of inputs, in the dtype of the weights, which of their tokens count, and what the attention should put out
-        there (o_bias included); `held_out` windows choose the ridge before they join the fit."""
+        there (o_bias included). weights_WT: of their squared errors [1 each]. `held_out` windows choose the ridge before they
+        join the fit."""
         counts = counts_WT.to(x_WTX.device)
         attended = mla_attended(self._mla, self._heads, x_WTX, self._context)
         if not self._joint:
@@ -49,6 +58,9 @@ class ValueRefit:
         target = target_WTX[counts]
         if self._mla.o_bias is not None:
             target = target - self._mla.o_bias
+        if weights_WT is not None:
+            roots = weights_WT[counts].sqrt()[:, None]
+            features, target = features * roots, target * roots
         (self._held_out if held_out else self._fitted).add(features, target)
 
     def result(self) -> MlaAttention:

@@ -162,7 +162,7 @@ struct CodeRows {
     const int groups = (bytes - kScaleBytes) / 8, all = kBits == 8 ? padded(width) / 8 : groups;
     const int lanes = all > 4 ? 8 : all > 2 ? 4 : all, shift = lanes == 8 ? 3 : lanes / 2;
     const int step = kThreads >> shift;
-#pragma unroll 2
+#pragma unroll 1
     for (int row = thread_index() >> shift; row < kCount; row += step) {
       const uint8_t* from = source.row(row);
       uint16_t* numbers = to + row * to_stride;

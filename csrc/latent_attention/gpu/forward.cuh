@@ -167,7 +167,7 @@ XECO_DEVICE void score_tile(const AttentionShape& shape, const uint16_t* queries
   rows += column_warp * kTile * stride;
   if constexpr (!Tile::kPacked) {
     multiply_rows<Element, Tile::kMaxRank>(scores, queries, stride, rows, stride, step,
-                                           (rank + padded(shape.rope)) / kTile);
+                                           rank / kTile + padded(shape.rope) / kTile);
   } else {
     Accumulator of_keys[Tile::kScoreTiles];
     multiply_rows<Element, Tile::kMaxRank>(scores, queries, stride, rows, stride, step, rank / kTile);
@@ -306,11 +306,13 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const typename TilesOf<Tile::kPacked>::Type tokens(shape, params.c_kv, params.k_rope, batch);
   const int num_tiles = (work.seen.high - work.seen.low + Tile::kTokens - 1) / Tile::kTokens;
   const auto load_tile = [&](int number) {
-    const int first = work.seen.low + number * Tile::kTokens, place = number % stages * Tile::kTokens;
+    const int first = work.seen.low + number * Tile::kTokens;
     if constexpr (Tile::kPacked)
-      tokens.template load<Tile::kTokens, Tile::kThreads>(codes + place * code_places(shape), first, work.seen);
+      tokens.template load<Tile::kTokens, Tile::kThreads>(
+          codes + number % stages * Tile::kTokens * code_places(shape), first, work.seen);
     else
-      tokens.template load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(tiles + place * stride, first, work.seen);
+      tokens.template load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(
+          tiles + number % stages * Tile::kTokens * stride, first, work.seen);
   };
   const int end = work.first_row + work.num_rows;
   QueryTiles(shape, params.q_latent, params.q_rope, params.q_latent, batch)
@@ -353,15 +355,15 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
       if (number + stages - 1 < num_tiles) load_tile(number + stages - 1);
       commit_copies();
     }
-    const int first_token = work.seen.low + number * Tile::kTokens, place = number % stages * Tile::kTokens;
+    const int first_token = work.seen.low + number * Tile::kTokens;
     if constexpr (Tile::kPacked) {
       tokens.template widen<typename Tile::Element, Tile::kTokens, Tile::kThreads>(
-          tiles, factors, codes + place * code_places(shape), first_token, work.seen);
+          tiles, factors, codes + number % stages * Tile::kTokens * code_places(shape), first_token, work.seen);
       sync_block();
     }
     const bool all =
         first_token + Tile::kTokens <= work.seen.high && seen_by_all(of_first, of_last, first_token, Tile::kTokens);
-    attend_tile<Tile>(shape, queries, Tile::kPacked ? tiles : tiles + place * stride, factors, first_token, all,
+    attend_tile<Tile>(shape, queries, tiles + (Tile::kPacked ? 0 : number % stages * Tile::kTokens * stride), factors, first_token, all,
                       weights, board, state, out);
   }
   commit_copies();

@@ -24,13 +24,12 @@ _TOKENS = 1024  # of the windows that choose between fits
 def weighed_layer(
     measurements: Measurements, view: LayerView, source: SourceAttention, widths: Widths
 ) -> CalibratedLayer:
-    """The closed form whose attention at these widths puts out what is nearest to the source's output. Tokens count by the
-    inverse mean square of the residual stream there: what follows divides by its root."""
+    """The closed form whose attention at these widths puts out what is nearest to the source's output, by the weights of
+    `LayerView.token_weights`."""
     first = measurements.held_out_from
     part = slice(first, first + max(1, _TOKENS // view.inputs.shape[1]))
     inputs, target = view.normed(view.inputs[part]), view.attention_output[part]
-    shares = (view.inputs[part] + view.residual_scale * target).square().mean(dim=-1).clamp_min(1e-30).reciprocal()
-    shares = torch.where(view.counts[part], shares, 0.0)
+    shares = torch.where(view.counts[part], view.token_weights(part), 0.0)
 
     def error(layer: CalibratedLayer) -> float:
         factors = layer.factors(widths.kv_lora_rank, widths.qk_rope_head_dim).to(torch.float32)

@@ -303,7 +303,7 @@ class CalibratedLayers:
             inputs = converted[part]
             target = view.attention_target(part, inputs)
             held_out = part.start >= self._measurements.held_out_from
-            refit.add(view.normed(inputs), view.counts[part], target, held_out=held_out)
+            refit.add(view.normed(inputs), view.counts[part], target, view.token_weights(part), held_out=held_out)
         return refit.result()
 
     @torch.no_grad()
