@@ -86,12 +86,13 @@ class LayerRefinement:
 
     @torch.no_grad()
     def _added_square(self) -> float:
-        """Mean square of what the source's layer adds to the residual stream."""
+        """Mean square of what the source's layer adds to the residual stream, tokens weighed as in `_error`."""
         added, counted = 0.0, 0
         for part in self._parts(slice(0, self._held_out.stop)):
             counts = self._view.counts[part]
-            added += float((self._view.outputs[part] - self._view.inputs[part])[counts].square().sum())
-            counted += int(counts.sum()) * self._inputs.shape[-1]
+            squares = (self._view.outputs[part] - self._view.inputs[part]).square().mean(dim=-1)
+            added += float((squares * self._view.output_weights(part))[counts].sum())
+            counted += int(counts.sum())
         return added / counted
 
     def run(self, start: MlaAttention, on_progress: Share = lambda share: None) -> RefinedLayer:
@@ -133,6 +134,7 @@ class LayerRefinement:
                 self._view.normed(self._inputs[part]),
                 self._view.counts[part],
                 target_WTX=self._wanted(part),
+                weights_WT=self._view.token_weights(part),
                 held_out=held_out,
             )
         return refit.result()
@@ -162,8 +164,9 @@ class LayerRefinement:
         return best, least
 
     def _score_tokens(self, part: slice) -> ScoreTokens:
-        inputs, counts = self._view.normed(self._inputs[part]), self._view.counts[part]
-        return ScoreTokens(inputs=inputs, counts=counts, target=self._wanted(part))
+        weights = torch.where(self._view.counts[part], self._view.token_weights(part), 0.0)
+        inputs = self._view.normed(self._inputs[part])
+        return ScoreTokens(inputs=inputs, weights=weights, target=self._wanted(part))
 
     def _wanted(self, part: slice) -> Tensor:
         """What leads from the converted model's states to the source's hidden states after attention [w, T, X]."""
@@ -178,11 +181,13 @@ class LayerRefinement:
         return total if math.isfinite(total) else math.inf
 
     def _error(self, factors: MlaAttention, part: slice | Tensor) -> Tensor:
-        """Mean squared error of the hidden states after the layer, relative to what the source's layer adds."""
+        """Mean squared error of the hidden states after the layer, relative to what the source's layer adds; tokens count by
+        `LayerView.output_weights`."""
         inputs = self._inputs[part]
         attention = mla_output(factors, self._heads, self._view.normed(inputs), self._context)
         error = self._view.run_with_attention(inputs, attention) - self._view.outputs[part]
-        return error[self._view.counts[part]].square().mean() / self._scale
+        weighed = error.square().mean(dim=-1) * self._view.output_weights(part)
+        return weighed[self._view.counts[part]].mean() / self._scale
 
     def _regress(
         self, start: MlaAttention, learning_rate: float, on_progress: Share = lambda share: None

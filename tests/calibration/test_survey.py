@@ -79,7 +79,9 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
                 mla = layer.factors(branch.kv_lora_rank, branch.qk_rope_head_dim).to(torch.float32)
                 output = mla_output(mla, 4, view.normed(view.inputs), view.context())
                 target = source_output(source, view.normed(view.inputs), view.context())
-                error = float((output - target).square().sum() / target.square().sum())
+                # tokens count by the inverse mean square of what the next norm sees
+                weights = 1 / (view.inputs + target).square().mean(dim=-1, keepdim=True)
+                error = float((weights * (output - target).square()).sum() / (weights * target.square()).sum())
                 hidden = view.run_with_attention(view.inputs, output)
             elif view.number > 1:
                 hidden = view.run(hidden)

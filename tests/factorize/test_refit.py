@@ -100,6 +100,20 @@ def test_uncounted_tokens_do_not_take_part(joint: bool) -> None:
     torch.testing.assert_close(results[0].o_weight, shorter.result().o_weight)
 
 
+def test_a_weight_of_two_counts_a_token_twice(joint: bool) -> None:
+    source, x = random_attention(4, 2, bias="qkvo"), gaussian_inputs()
+    context = context_of(source)
+    start, target = calibrated(source, x, context).factors(6, 4), source_output(source, x, context)
+    counts, weights = torch.ones(8, 12, dtype=torch.bool), torch.ones(8, 12, dtype=x.dtype)
+    weights[5:] = 2.0
+    weighed, repeated = (ValueRefit(start, 4, context) for _ in range(2))
+    weighed.add(x, counts, target, weights)
+    repeated.add(x, counts, target)
+    repeated.add(x[5:], counts[5:], target[5:])
+    for name in ("o_weight", "kv_b_weight"):
+        torch.testing.assert_close(getattr(weighed.result(), name), getattr(repeated.result(), name))
+
+
 def chosen_ridge(source: SourceAttention, held_out_noise: float, monkeypatch: pytest.MonkeyPatch) -> float:
     """The ridge that the last solve takes: for targets that are the start's output, those of the fit with noise; or, without
     noise, twice that."""

@@ -22,7 +22,7 @@ def tokens(
     """Windows in `pieces` parts."""
     counted = torch.ones(x.shape[:2], dtype=torch.bool) if counts is None else counts
     parts = zip(x.chunk(pieces), counted.chunk(pieces), target.chunk(pieces), strict=True)
-    return [ScoreTokens(inputs=inputs, counts=each, target=wanted) for inputs, each, wanted in parts]
+    return [ScoreTokens(inputs=inputs, weights=each.to(x.dtype), target=wanted) for inputs, each, wanted in parts]
 
 
 def random_change(refit: ScoreRefit, size: float) -> refit_scores._Change:

@@ -144,8 +144,11 @@ class LayerView:
         """How much squared errors of the residual stream behind the attention count [w, T]: by the inverse of its mean square
         in the source, since the norm that follows divides by its root. Tokens with massive activations, a handful of a text,
         would decide alone otherwise (arXiv 2402.17762)."""
-        after = self.inputs[part] + self.residual_scale * self.attention_output[part]
-        return after.square().mean(dim=-1).clamp_min(_LEAST_SQUARE).reciprocal()
+        return _inverse_mean_square(self.inputs[part] + self.residual_scale * self.attention_output[part])
+
+    def output_weights(self, part: slice | Tensor) -> Tensor:
+        """The same behind the whole layer."""
+        return _inverse_mean_square(self.outputs[part])
 
     @property
     def attention(self) -> nn.Module:
@@ -161,6 +164,10 @@ class LayerView:
         if not self.family.input_norm:
             return inputs
         return self.layer.input_layernorm(inputs)  # type: ignore[operator,no-any-return]
+
+
+def _inverse_mean_square(hidden: Tensor) -> Tensor:
+    return hidden.square().mean(dim=-1).clamp_min(_LEAST_SQUARE).reciprocal()
 
 
 class _Given(nn.Module):

@@ -100,7 +100,7 @@ class Survey:
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
         part = slice(0, max(1, _ERROR_TOKENS // self._windows.ids.shape[1]))
-        few, target = view.normed(view.inputs[part]), view.attention_output[part]
+        few, target, weights = view.normed(view.inputs[part]), view.attention_output[part], view.token_weights(part)
         most = {rope: max(each.kv_lora_rank for each in same) for rope, same in _by_rotary_width(offers)}
 
         @cache
@@ -116,7 +116,7 @@ class Survey:
 
         def error(offer: Widths) -> float:
             lost = mla_output(factors(offer), heads, few, context) - target
-            return float(lost.square().sum() / target.square().sum())
+            return float((lost.square() * weights[..., None]).sum() / (target.square() * weights[..., None]).sum())
 
         of_probes = 0.0 if probe is None else _PROBE_SHARE
         errors: dict[Widths, float] = {}

@@ -34,11 +34,11 @@ _STEPS = (1.0, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTokens:
-    """Some windows: the layer's (normed) inputs [w, T, X], which tokens count [w, T], and what the attention should put out
-    [w, T, X], o_bias included."""
+    """Some windows: the layer's (normed) inputs [w, T, X], how much squared errors at their tokens count [w, T] (0: not at
+    all), and what the attention should put out [w, T, X], o_bias included."""
 
     inputs: Tensor
-    counts: Tensor
+    weights: Tensor
     target: Tensor
 
 
@@ -112,9 +112,8 @@ class ScoreRefit:
         for part in self._parts:
             view = self._look(part)
             output = mla_output(self._mla, self._heads, part.inputs, self._context)
-            total = total.plus(1.0, self._pull_back(view, (part.target - output) * part.counts[..., None]))
-            weights = view.attention * part.counts[:, None, :, None]
-            metric.add(view, weights, self._maps_HXR)
+            total = total.plus(1.0, self._pull_back(view, (part.target - output) * part.weights[..., None]))
+            metric.add(view, part.weights, self._maps_HXR)
         return total, metric.finished()
 
     def _curvature(self, change: _Change) -> _Change:
@@ -122,7 +121,7 @@ class ScoreRefit:
         total = _Change(torch.zeros_like(change.keys), torch.zeros_like(change.queries))
         for part in self._parts:
             view = self._look(part)
-            total = total.plus(1.0, self._pull_back(view, self._push(view, change) * part.counts[..., None]))
+            total = total.plus(1.0, self._pull_back(view, self._push(view, change) * part.weights[..., None]))
         return total
 
     def _look(self, part: ScoreTokens) -> _View:
@@ -198,15 +197,13 @@ class _Metric:
         self._q_nope = w_uk.new_zeros(heads, nope, nope)
         self._features = w_uk.new_zeros(q_HQY.shape[2], q_HQY.shape[2])
 
-    def add(self, view: _View, weights_WHTT: Tensor, maps_HXR: Tensor) -> None:
-        received = weights_WHTT.sum(dim=2)  # [w, H, T]
-        means = weights_WHTT @ view.keys.unsqueeze(1)
+    def add(self, view: _View, weights_WT: Tensor, maps_HXR: Tensor) -> None:
+        received = (view.attention * weights_WT[:, None, :, None]).sum(dim=2)  # [w, H, T]
+        means = view.attention @ view.keys.unsqueeze(1)
         self._spread += torch.einsum("wht,wtk,wtl->hkl", received, view.keys, view.keys)
-        self._spread -= torch.einsum("whtk,whtl->hkl", means, means)
-        counted = weights_WHTT.sum(dim=-1)  # 1 for tokens that count
-        self._q_nope += torch.einsum("wht,whtn,whtm->hnm", counted, view.q_nope, view.q_nope)
-        features = view.features * counted[:, 0, :, None]
-        self._features += features.flatten(0, 1).T @ features.flatten(0, 1)
+        self._spread -= torch.einsum("wt,whtk,whtl->hkl", weights_WT, means, means)
+        self._q_nope += torch.einsum("wt,whtn,whtm->hnm", weights_WT, view.q_nope, view.q_nope)
+        self._features += torch.einsum("wt,wtx,wty->xy", weights_WT, view.features, view.features)
         self._maps = maps_HXR
 
     def finished(self) -> _Metric:

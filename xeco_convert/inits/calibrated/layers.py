@@ -308,15 +308,16 @@ class CalibratedLayers:
 
     @torch.no_grad()
     def _errors(self, view: LayerView, heads: int, *layers: MlaAttention) -> list[float]:
-        """Relative squared errors of the attention's output, on the windows for measuring where there are any. `layers` differ
-        in their value side alone: all attend alike."""
+        """Relative squared errors of the attention's output, tokens by `LayerView.token_weights`, on the windows for measuring
+        where there are any. `layers` differ in their value side alone: all attend alike."""
         lost, total = [0.0] * len(layers), 0.0
         for part in view.batches(view.inputs):
             if part.stop <= self._num_calibrated and self._num_calibrated < view.inputs.shape[0]:
                 continue
-            counts, target = view.counts[part], view.attention_output[part]
+            weights, target = torch.where(view.counts[part], view.token_weights(part), 0.0), view.attention_output[part]
             attended = mla_attended(layers[0], heads, view.normed(view.inputs[part]), view.context())
             for number, layer in enumerate(layers):
-                lost[number] += float((attended_output(layer, attended) - target)[counts].square().sum())
-            total += float(target[counts].square().sum())
+                squares = (attended_output(layer, attended) - target).square().sum(dim=-1)
+                lost[number] += float((squares * weights).sum())
+            total += float((target.square().sum(dim=-1) * weights).sum())
         return [each / total if total > 0 else 0.0 for each in lost]
