@@ -1,0 +1,173 @@
+"""Caches in 4 bits against HQQ, what transformers' quantised cache offers: quality at equal bytes, and tokens per second.
+
+    pip install hqq
+    python benchmarks/bench_hqq.py --part quality --checkpoint IN --text FILE --calibration FILE --kv-sizes 25%,12.5%
+    python benchmarks/bench_hqq.py --part generate --checkpoint IN --calibration FILE --rank 128 --rope-dim 64
+
+quality: at each size this package's own choice of widths and bits, beside the conversion in 16 bits that takes as many bytes once
+HQQ has its latents and rotary keys in 4 bits, groups of 64 numbers of a token with a scale and a zero in 16 bits each (4.5 bits a
+number). HQQ rounds what is attended to, every token of it: without the residual of 128 tokens that transformers keeps. KL(source ‖
+converted) on windows of the text, in float32.
+
+generate: one conversion in 16 bits and the same widths in codes; greedy tokens per second behind a prompt, with
+cache_implementation="quantized" (hqq, 4 bits), with a cache in 16 bits and with codes, in turns.
+
+Exits with 1 where KL is above 0.8 times that of HQQ, or tokens per second below 5 times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from reporting import describe, format_table, machine_facts, write_json
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xeco_convert import convert
+from xeco_convert.evaluate import measure_fidelity, token_windows
+
+_SHARED = Path(os.environ.get("XECO_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+GROUP, NBITS = 64, 4
+BITS_OF_HQQ = NBITS + 2 * 16 / GROUP
+QUALITY = ("KV size", "cache", "KV", "widths (rank + rope: bits)", "perplexity", "KL (nats)", "of hqq's")
+GENERATE = ("prompt", "cache", "tokens/s", "times hqq")
+MOST_KL, LEAST_SPEED = 0.8, 5.0
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = _arguments()
+    torch.set_num_threads(options.threads)
+    machine = machine_facts()
+    rows = quality(options) if options.part == "quality" else generate(options)
+    print(describe(machine) + "\n")
+    print(format_table(QUALITY if options.part == "quality" else GENERATE, rows))
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+    write_json(options.json, {"machine": machine, "settings": settings, "rows": rows})
+    if options.part == "quality":
+        return int(any(row[6] is not None and row[6] > MOST_KL for row in rows))
+    return int(any(row[1].startswith("codes") and row[3] < LEAST_SPEED for row in rows))
+
+
+def quality(options: argparse.Namespace) -> list[list[Any]]:
+    """Two rows for each size."""
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    text = options.text.read_text(encoding="utf-8")
+    windows = token_windows(text, tokenizer, options.window, options.num_windows)
+    source = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
+    rows: list[list[Any]] = []
+    for size in options.kv_sizes.split(","):
+        share = float(size.removesuffix("%"))
+        theirs = f"{share * 16 / BITS_OF_HQQ:.4g}%"
+        kls = []
+        for name, fields in (("hqq", {"kv_size": theirs}), ("codes", {"kv_size": size, "cache_bits": "auto"})):
+            with tempfile.TemporaryDirectory() as folder:
+                model, report = _converted(options, Path(folder) / "out", **fields)
+                if name == "hqq":
+                    through_hqq(model)
+                found = measure_fidelity(source, model, windows)
+            kls.append(found.kl)
+            scale = BITS_OF_HQQ / 16 if name == "hqq" else 1.0
+            measured = [found.perplexity, f"{found.kl:.4f}", kls[-1] / kls[0] if name == "codes" else None]
+            rows.append([size, name, f"{report.kv_share * scale:.1%}", _widths(report), *measured])
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def through_hqq(model: Any) -> None:
+    """Every token's latent and rotary key as HQQ gives them back."""
+    for attention in model.modules():
+        if hasattr(attention, "_cached"):
+            attention._cached = lambda cache, c_kv, k_rope: (as_hqq(c_kv), as_hqq(k_rope))
+
+
+def as_hqq(rows: Tensor) -> Tensor:
+    """Rows [B, T, n] in groups of 64 numbers of a token, the last one of what is left."""
+    from hqq.core.quantize import Quantizer
+
+    parts = []
+    for part in rows.split(GROUP, dim=-1):
+        how = {"nbits": NBITS, "axis": 1, "group_size": part.shape[-1], "compute_dtype": rows.dtype, "device": "cpu"}
+        parts.append(Quantizer.dequantize(*Quantizer.quantize(part.contiguous(), **how)))
+    return torch.cat(parts, dim=-1).to(rows.dtype)
+
+
+def generate(options: argparse.Namespace) -> list[list[Any]]:
+    """A row for each cache."""
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    ids = tokenizer(options.calibration.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, : options.prompt]
+    widths = {"rank": options.rank, "rope_dim": options.rope_dim}
+    with tempfile.TemporaryDirectory() as folder:
+        wide, _ = _converted(options, Path(folder) / "wide", **widths)
+        codes, report = _converted(options, Path(folder) / "codes", **widths, cache_bits=options.cache_bits)
+        hqq = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": NBITS}}
+        runs: dict[str, Callable[[int], float]] = {
+            "hqq, 4 bits": lambda tokens: _seconds(wide, ids, tokens, **hqq),
+            "16 bits": lambda tokens: _seconds(wide, ids, tokens),
+            f"codes, {_widths(report)}": lambda tokens: _seconds(codes, ids, tokens),
+        }
+        # what the tokens behind the first few took: the prompt is in both
+        few, many = 2, 2 + options.new_tokens
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.repeats):
+            for name, run in runs.items():
+                times[name].append(run(many) - run(few))
+    rates = {name: options.new_tokens / statistics.median(each) for name, each in times.items()}
+    return [[options.prompt, name, rate, rate / rates["hqq, 4 bits"]] for name, rate in rates.items()]
+
+
+@torch.no_grad()
+def _seconds(model: Any, ids: Tensor, tokens: int, **how: Any) -> float:
+    started = time.perf_counter()
+    result = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **how)
+    assert result.shape[1] == ids.shape[1] + tokens
+    return time.perf_counter() - started
+
+
+def _converted(options: argparse.Namespace, folder: Path, **fields: Any) -> tuple[Any, Any]:
+    text = {"calibration": str(options.calibration), "calibration_tokens": options.calibration_tokens}
+    report = convert(options.checkpoint, folder, **text, **fields)
+    dtype = torch.float32 if options.part == "quality" else torch.bfloat16
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), report
+
+
+def _widths(report: Any) -> str:
+    widths = [
+        f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.latent_bits} + {layer.rope_bits}"
+        for layer in report.layers
+    ]
+    return "; ".join(dict.fromkeys(widths))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("quality", "generate"), required=True)
+    parser.add_argument("--checkpoint", type=Path, default=_SHARED / "checkpoints" / "tinystories-gqa")
+    parser.add_argument("--text", type=Path, default=_SHARED / "text" / "valid.txt")
+    parser.add_argument("--calibration", type=Path, default=_SHARED / "text" / "train.txt")
+    parser.add_argument("--calibration-tokens", type=int, default=24 * 512)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--num-windows", type=int, default=24)
+    parser.add_argument("--kv-sizes", default="25%,12.5%,7.8%")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rope-dim", type=int, default=64)
+    parser.add_argument("--cache-bits", default="4", help="of the codes in generate [4]")
+    parser.add_argument("--prompt", type=int, default=8192 - 64, help="tokens before those that are generated [8128]")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
