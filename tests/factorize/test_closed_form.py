@@ -307,20 +307,6 @@ def test_windows_may_come_in_any_pieces_and_nothing_is_refused() -> None:
         empty.result()
 
 
-def test_a_weight_of_two_counts_a_query_twice() -> None:
-    """In all that queries see; moments of values are of the tokens themselves."""
-    source, x = random_attention(4, 2), gaussian_inputs()
-    context, counts = context_of(source), torch.ones(8, LENGTH, dtype=torch.bool)
-    weighed, repeated = (StatisticsAccumulator(source, context, with_inputs=True) for _ in range(2))
-    weights = torch.ones(8, LENGTH, dtype=x.dtype)
-    weights[5:] = 2.0
-    weighed.add(x, counts, weights)
-    repeated.add(torch.cat([x, x[5:]]), torch.cat([counts, counts[5:]]))
-    for name in ("attended", "queries", "rotation", "overlap", "inputs"):
-        torch.testing.assert_close(getattr(weighed.result(), name), getattr(repeated.result(), name), msg=name)
-    torch.testing.assert_close(weighed.result().values, collected(source, x, context).values)
-
-
 @pytest.mark.parametrize("table_scale", [1.0, 1.3])
 def test_statistics_are_those_of_the_definitions(table_scale: float) -> None:
     source, x = random_attention(4, 2), gaussian_inputs(windows=1)

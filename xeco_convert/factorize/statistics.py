@@ -136,35 +136,31 @@ class StatisticsAccumulator:
         self._inputs = (
             torch.zeros((source.q_weight.shape[1],) * 2, dtype=torch.float64, device=device) if with_inputs else None
         )
-        self._received = self._weight = 0.0
+        self._weight = 0.0
         self._num_tokens = 0
 
-    def add(self, x_WTX: Tensor, counts_WT: Tensor, weights_WT: Tensor | None = None) -> None:
-        """Windows of inputs in the dtype of the weights, and which of their tokens count, as queries and as values. weights_WT: of
-        the errors of a query's output [1 each]."""
+    def add(self, x_WTX: Tensor, counts_WT: Tensor) -> None:
+        """Windows of inputs in the dtype of the weights, and which of their tokens count, as queries and as values."""
         looks = x_WTX.new_zeros(self._queries.shape[0], *self._context.mask.shape[-2:])
-        every_WT = x_WTX.new_ones(x_WTX.shape[:2]) if weights_WT is None else weights_WT
-        for x_TX, counts_T, weights_T in zip(x_WTX, counts_WT.to(x_WTX.device), every_WT, strict=True):
+        for x_TX, counts_T in zip(x_WTX, counts_WT.to(x_WTX.device), strict=True):
             queries, keys, values = (part[0] for part in source_projections(self._source, x_TX[None]))
-            weights_T = torch.where(counts_T, weights_T, 0.0)  # noqa: PLW2901  only what counted queries look at
             probabilities = source_probabilities(queries[None], keys[None], self._context)[0]
-            flat = (probabilities * weights_T[:, None].sqrt()).flatten(1)
-            self._overlap += (flat @ flat.T).double()
-            probabilities = probabilities * weights_T[:, None]
+            probabilities = probabilities * counts_T[:, None]  # only what counted queries look at
             received_T = probabilities.sum(dim=(0, 1)).double()
+            flat = probabilities.flatten(1)
+            self._overlap += (flat @ flat.T).double()
             joint = torch.cat([keys.flatten(1), values.flatten(1)], dim=1).double()
             self._attended += joint.T @ (joint * received_T[:, None])
-            self._received += float(received_T.sum())
+            self._weight += float(received_T.sum())
             counted = values[counts_T].flatten(1).double()
             self._values += counted.T @ counted
-            q_THd = queries.double() * weights_T.double().sqrt()[:, None, None]
+            q_THd = queries[counts_T].double()
             self._queries += torch.einsum("thd,the->hde", q_THd, q_THd)
             looks += probabilities
             if self._inputs is not None:
-                weighed_x = x_TX.double() * weights_T.double().sqrt()[:, None]
-                self._inputs += weighed_x.T @ weighed_x
+                counted_x = x_TX[counts_T].double()
+                self._inputs += counted_x.T @ counted_x
             self._num_tokens += int(counts_T.sum())
-            self._weight += float(weights_T.sum())
         self._distances += _by_distance(looks)
 
     def result(self) -> LayerStatistics:
@@ -180,11 +176,11 @@ class StatisticsAccumulator:
         norms = self._overlap.diagonal().sqrt()
         return LayerStatistics(
             overlap=self._overlap / (norms[:, None] * norms[None]),
-            attended=self._attended / self._received,
+            attended=self._attended / self._weight,
             values=self._values / self._num_tokens,
-            queries=self._queries / self._weight,
+            queries=self._queries / self._num_tokens,
             rotation=shares.to(turns.dtype) @ turns,
             rotation_scale=scale * scale,
             num_tokens=self._num_tokens,
-            inputs=None if self._inputs is None else self._inputs / self._weight,
+            inputs=None if self._inputs is None else self._inputs / self._num_tokens,
         )

@@ -107,7 +107,7 @@ class Measurements:
             with_inputs = self._plan.options.q_rank is not None
             accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
             for part in view.batches(view.inputs[: self.num_calibrated]):
-                accumulator.add(view.normed(view.inputs[part]), view.counts[part], view.token_weights(part))
+                accumulator.add(view.normed(view.inputs[part]), view.counts[part])
             stored = vars(accumulator.result().regularised(source))
             self._work.save(name, stored)
         statistics = LayerStatistics(**stored).to(self._device)
