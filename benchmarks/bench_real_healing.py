@@ -88,19 +88,20 @@ def healed(source: Path, tokens: int, options: argparse.Namespace) -> dict[str, 
         command += ["--data", str(options.data), "--teacher", str(options.checkpoint), "--device", options.device]
         command += ["--budget-tokens", str(tokens), "--quiet", *options.heal]
         distill_command.main(args=command, prog_name="xeco-distill", standalone_mode=False)
-    figures = {"heal_seconds": time.monotonic() - started if tokens else 0.0, **measure(folder, options)}
+    seconds = time.monotonic() - started if tokens else 0.0
+    figures = {"heal_seconds": seconds, **measure(folder, options, with_tasks=tokens >= options.score_from)}
     if tokens:
         shutil.rmtree(folder)
     return figures
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, options: argparse.Namespace, *, with_tasks: bool = True) -> dict[str, Any]:
     """wikitext-2 beside the source, the tasks, and perplexity by position."""
     source, model = (load(each, options.device) for each in (options.checkpoint, folder))
     tokenizer, text = AutoTokenizer.from_pretrained(options.checkpoint), read_text(options.text)
     windows = token_windows(text, tokenizer, options.window, options.num_windows)
     figures: dict[str, Any] = {"fidelity": measure_fidelity(source, model, windows).to_dict()}
-    if options.tasks is not None:
+    if options.tasks is not None and with_tasks:
         figures |= score_folder(model, tokenizer, options.tasks, options.limit)
     if options.long_windows:
         windows = token_windows(text, tokenizer, POSITIONS[-1], options.long_windows)
@@ -197,6 +198,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text that measures, taken raw")
     parser.add_argument("--tasks", type=Path, help="folder of task files [none are scored]")
     parser.add_argument("--limit", type=int, help="rows of a task, evenly spread [all]")
+    parser.add_argument("--score-from", type=int, default=0, metavar="N", help="score tasks after N tokens and more [0]")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="rows to measure, as '25%%/calibrated/*' [all]")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="tokens to heal on")
     parser.add_argument("--heal", nargs=argparse.REMAINDER, default=[], help="last: options for xeco-distill")
