@@ -3,9 +3,9 @@
     python benchmarks/bench_real_healing.py --checkpoint real-output/smollm2 --calibration wikitext2_valid.txt \\
         --data healing.jsonl --text wikitext2_test.txt --tasks FOLDER --rows '25%/calibrated/64+32' --json FILE
 
-Rows are those of bench_real.py: a way to convert at a size. Each is converted once and healed by `xeco-distill` for every number of
---tokens; 0 is the conversion alone. Every point goes into the file of --json as soon as it is measured, and is not measured again.
---at-once makes several rows side by side, each in a process of its own: on a GPU that has room for them.
+Rows are those of bench_real.py: a way to convert at a size. Each is converted once and healed by `xeco-distill` for every number
+of --tokens; 0 is the conversion alone. Every point goes into the file of --json as soon as it is measured, and is not measured
+again. --at-once makes several rows side by side, each in a process of its own: on a GPU that has room for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,7 @@ def perplexity_by_position(model: Any, windows: torch.Tensor) -> dict[str, float
         head = model.get_output_embeddings()
         found = [functional.cross_entropy(head(part).float(), ids, reduction="none") for part, ids in parts]
         losses += torch.cat(found).double().cpu() / windows.shape[0]
-    pairs = zip(POSITIONS, POSITIONS[1:], strict=False)
-    return {f"{start}-{end}": float(losses[start:end].mean().exp()) for start, end in pairs}
+    return {f"{start}-{end}": float(losses[start:end].mean().exp()) for start, end in pairwise(POSITIONS)}
 
 
 def read_results(file: Path | None) -> dict[str, Any]:
@@ -165,7 +165,12 @@ def table(results: dict[str, Any]) -> str:
                 f"{100 * mean[key]:.2f} ± {100 * mean[f'{key}_stderr']:.2f}" if key in mean else None
                 for key in ("mean", "mean_without_mmlu")
             ]
-            values = [f"{point['tokens']:,}", fidelity["perplexity"], f"{fidelity['kl']:.4f}", f"{fidelity['top1']:.1%}"]
+            values = [
+                f"{point['tokens']:,}",
+                fidelity["perplexity"],
+                f"{fidelity['kl']:.4f}",
+                f"{fidelity['top1']:.1%}",
+            ]
             lines.append([name, row["widths"], *values, *scores])
     return format_table(columns, lines)
 
@@ -198,14 +203,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text that measures, taken raw")
     parser.add_argument("--tasks", type=Path, help="folder of task files [none are scored]")
     parser.add_argument("--limit", type=int, help="rows of a task, evenly spread [all]")
-    parser.add_argument("--score-from", type=int, default=0, metavar="N", help="score tasks after N tokens and more [0]")
+    parser.add_argument(
+        "--score-from", type=int, default=0, metavar="N", help="score tasks after N tokens and more [0]"
+    )
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="rows to measure, as '25%%/calibrated/*' [all]")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="tokens to heal on")
     parser.add_argument("--heal", nargs=argparse.REMAINDER, default=[], help="last: options for xeco-distill")
     parser.add_argument("--calibration-tokens", type=int, default=16384, help="tokens to calibrate on [16384]")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a window [1024]")
     parser.add_argument("--num-windows", type=int, default=12, help="windows taken [12]")
-    parser.add_argument("--long-windows", type=int, default=0, help="windows of 8192 tokens for perplexity by position [0]")
+    parser.add_argument(
+        "--long-windows", type=int, default=0, help="windows of 8192 tokens for perplexity by position [0]"
+    )
     parser.add_argument("--source", action="store_true", help="measure the source, too")
     parser.add_argument("--at-once", type=int, default=1, help="rows side by side [1]")
     parser.add_argument("--again", action="store_true", help="measure points again that stand in the file already")

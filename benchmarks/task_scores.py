@@ -66,7 +66,9 @@ def log_likelihoods(model: Any, tokenizer: Any, requests: Sequence[Request]) -> 
         for row, number in enumerate(group):
             whole = coded[number][1]
             ids[row, : len(whole)] = torch.tensor(whole)
-        hidden = model.base_model(ids.to(device), use_cache=False).last_hidden_state  # padding stands behind: never seen
+        hidden = model.base_model(
+            ids.to(device), use_cache=False
+        ).last_hidden_state  # padding stands behind: never seen
         places = [(max(1, len(coded[number][0])), len(coded[number][1])) for number in group]
         chosen = torch.cat([hidden[row, start - 1 : end - 1] for row, (start, end) in enumerate(places)])
         targets = torch.cat([ids[row, start:end] for row, (start, end) in enumerate(places)]).to(device)
@@ -98,7 +100,10 @@ def _requests(row: Mapping[str, Any]) -> tuple[list[Request], int]:
 def _encode(tokenizer: Any, request: Request) -> tuple[list[int], list[int]]:
     """Tokens of the context and of both; spaces at the end of the context belong to what follows."""
     stripped = request.context.rstrip()
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (stripped, request.context + request.continuation)]
+    ids = [
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in (stripped, request.context + request.continuation)
+    ]
     return ids[0], ids[1]
 
 

@@ -63,7 +63,9 @@ def test_the_held_out_error_is_that_of_counted_tokens_after_the_layer(setting: S
         attention = mla_output(setting.start, 4, view.normed(inputs), view.context())
         outputs = view.run(view.inputs)
         weights = 1 / outputs.square().mean(dim=-1)  # so that no token with a massive activation decides alone
-        error = (view.run_with_attention(inputs, attention) - outputs[held_out]).square().mean(dim=-1) * weights[held_out]
+        error = (view.run_with_attention(inputs, attention) - outputs[held_out]).square().mean(dim=-1) * weights[
+            held_out
+        ]
         added = (outputs - view.inputs).square().mean(dim=-1) * weights
     expected = float(error[:, :30].mean() / added[:, :30].mean())
     assert work.held_out_error(setting.start) == pytest.approx(expected, rel=1e-4)

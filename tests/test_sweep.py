@@ -13,7 +13,7 @@ from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.inits.calibrated import measurements
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
-from xeco_convert.sweep import SweepReport, parse_sizes, sweep, sweep_page
+from xeco_convert.sweep import SweepPoint, SweepReport, _curves, parse_sizes, sweep, sweep_page
 
 TOKENS = 1024
 
@@ -40,6 +40,33 @@ def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport)
     small_bytes, none, large_bytes = (point.kv_bytes_per_token for point in report.points)
     # at most the budget; which steps of 2 numbers are left over depends on measured costs, and so on the processor's rounding
     assert none is None and 256 - 32 < (small_bytes or 0) <= 256 and 512 - 32 < (large_bytes or 0) <= 512
+
+
+def test_every_number_of_bits_is_a_curve_and_the_best_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", tmp_path / "sweep.json", "--html", tmp_path / "sweep.html"]
+    sizes = ["--kv-sizes", "40,20,8", "--cache-bits", "16,4", "--calibration-tokens", TOKENS]
+    assert run("sweep", MODEL_FOLDER, *sizes, *files) == 0
+    out = capsys.readouterr().out
+    points = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert [(point["kv_size"], point["cache_bits"]) for point in points] == [
+        (size, bits) for size in ("40%", "20%", "8%") for bits in ("16", "4")
+    ]
+    assert "8% in 16 bits: --kv-size: expected at least" in out
+    kls = [None if point["fidelity"] is None else point["fidelity"]["kl"] for point in points]
+    assert kls[4] is None and kls[3] < kls[2]  # 20 %: more numbers in fewer bits are better
+    best = out.split("Beaten by no other of as few bytes: ")[1].splitlines()[0]
+    assert "20% in 4 bits" in best and "20% in 16 bits" not in best
+    data = json.loads((tmp_path / "sweep.json").read_text())
+    report = SweepReport(**{**data, "points": tuple(SweepPoint(**point) for point in points)})
+    curves = _curves(report)
+    assert {label: [point.kv_size for point in curve] for label, curve in curves.items()} == {
+        "16 bits": ["20%", "40%"],
+        "4 bits": ["8%", "20%", "40%"],
+        "least KL": ["8%", "20%", "40%"],
+    }
+    assert "<td>8%</td><td>4</td>" in (tmp_path / "sweep.html").read_text()
 
 
 def test_a_size_out_of_reach_says_the_smallest_possible(report: SweepReport) -> None:
@@ -76,7 +103,7 @@ def test_the_command_prints_the_table_and_writes_both_files(tmp_path: Path, caps
     lines = capsys.readouterr().out.splitlines()
     point = json.loads((tmp_path / "sweep.json").read_text())["points"][0]
     assert lines[0].split()[:2] == ["KV", "size"]
-    assert lines[2].split()[:3] == ["80%", str(point["kv_bytes_per_token"]), f"{point['kv_share']:.1%}"]
+    assert lines[2].split()[:4] == ["80%", "16", str(point["kv_bytes_per_token"]), f"{point['kv_share']:.1%}"]
     assert point["kv_share"] <= 0.8 and len(point["widths"]) == 1
     assert "<td>80%</td>" in (tmp_path / "sweep.html").read_text()
 
@@ -87,6 +114,7 @@ def test_the_command_prints_the_table_and_writes_both_files(tmp_path: Path, caps
         (["--kv-sizes", "half"], "--kv-sizes: expected percentages such as 75,50,25, at most 100, found 'half'"),
         (["--kv-sizes", "150"], "--kv-sizes: expected percentages"),
         (["--kv-sizes", "5", "--calibration-tokens", "1024"], "expected at least 9.4%"),
+        (["--cache-bits", "16,2"], "--cache-bits: expected some of 16, 8, 4, auto, found '16,2'"),
         (["--layers", "9"], "--layers: expected layers from 0 to 3, found 9"),
         (["--refine-steps", "3"], "--refine-steps: only with --refine"),
         (["--html", "no/such/folder/page.html"], "--html: no/such/folder/page.html cannot be written"),

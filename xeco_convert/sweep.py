@@ -16,21 +16,22 @@ from xeco_convert.checkpoint import DTYPE_BYTES, CheckpointIndex
 from xeco_convert.conversion import device_by_name
 from xeco_convert.errors import OptionError
 from xeco_convert.initialisation import LayerMaker, Progress
-from xeco_convert.options import ConvertOptions
+from xeco_convert.options import CACHE_BITS, ConvertOptions
 from xeco_convert.plan import ConversionPlan, make_plan
 from xeco_convert.report_page import Draw, html_note, html_page, html_plots, html_table
 from xeco_convert.settings import parse_share
 
-COLUMNS = ("KV size", "bytes per token", "of the source", "perplexity", "gap (nats)", "KL (nats)", "top-1")
+COLUMNS = ("KV size", "bits", "bytes per token", "of the source", "perplexity", "gap (nats)", "KL (nats)", "top-1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One KV size. `fidelity`: perplexities, KL and top-1 before any training, as in a conversion's report; `widths`:
-    (kv_lora_rank, qk_rope_head_dim) of each converted layer. Where the size cannot be met, `problem` says why and what the
-    smallest possible is, and the rest is None."""
+    """One KV size in one number of bits. `fidelity`: perplexities, KL and top-1 before any training, as in a conversion's report;
+    `widths`: (kv_lora_rank, qk_rope_head_dim) of each converted layer. Where the size cannot be met, `problem` says why and what
+    the smallest possible is, and the rest is None."""
 
     kv_size: str
+    cache_bits: str = "16"
     kv_bytes_per_token: int | None = None
     kv_share: float | None = None
     fidelity: dict[str, Any] | None = None
@@ -46,11 +47,11 @@ class SweepPoint:
 
     def row(self) -> list[Any]:
         """Cells under COLUMNS; None where nothing is known."""
+        size = [self.kv_size, self.cache_bits, self.kv_bytes_per_token, _percent(self.kv_share)]
         if self.fidelity is None:
-            return [self.kv_size, self.kv_bytes_per_token, _percent(self.kv_share), *(None,) * 4]
+            return [*size, *(None,) * 4]
         found = self.fidelity
-        cells = [self.kv_size, self.kv_bytes_per_token, _percent(self.kv_share), f"{found['perplexity']:.4g}"]
-        return [*cells, self.gap, found["kl"], _percent(found["top1"])]
+        return [*size, f"{found['perplexity']:.4g}", self.gap, found["kl"], _percent(found["top1"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,25 @@ class SweepReport:
     def rows(self) -> list[list[Any]]:
         """The table: the source first."""
         perplexity = None if self.perplexity_source is None else f"{self.perplexity_source:.4g}"
-        source = ["source", self.kv_bytes_before, "100.0%", perplexity, None, None, None]
+        source = ["source", None, self.kv_bytes_before, "100.0%", perplexity, None, None, None]
         return [source, *(point.row() for point in self.points)]
 
     def problems(self) -> list[str]:
         """A sentence for each size that cannot be met."""
-        return [f"{point.kv_size}: {point.problem}" for point in self.points if point.problem is not None]
+        several = len({point.cache_bits for point in self.points}) > 1
+        return [
+            f"{point.kv_size}{f' in {point.cache_bits} bits' if several else ''}: {point.problem}"
+            for point in self.points
+            if point.problem is not None
+        ]
+
+    def envelope(self) -> list[SweepPoint]:
+        """The points that no other beats in KL with at most as many bytes, smallest first."""
+        best: list[SweepPoint] = []
+        for point in _by_size(self.points):
+            if not best or point.fidelity["kl"] < best[-1].fidelity["kl"]:  # type: ignore[index]
+                best.append(point)
+        return best
 
     def setting(self) -> str:
         """How the sizes were measured."""
@@ -94,9 +108,15 @@ class SweepReport:
 
 
 def sweep(
-    source: str | Path, kv_sizes: Sequence[str], options: ConvertOptions, *, on_progress: Progress | None = None
+    source: str | Path,
+    kv_sizes: Sequence[str],
+    options: ConvertOptions,
+    *,
+    cache_bits: Sequence[str] | None = None,
+    on_progress: Progress | None = None,
 ) -> SweepReport:
-    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25), otherwise converted as `options` say.
+    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25) in each of `cache_bits` ("16", "8", "4", "auto";
+    None: as `options` say), otherwise converted as `options` say.
 
     A size that cannot be met becomes a point with a `problem`. Raises the errors of `xeco_convert.errors` where nothing could
     be measured at any size.
@@ -105,7 +125,8 @@ def sweep(
     # the whole cache can always be met: what this refuses would be refused at every size
     whole = make_plan(index, at_size(options, "100%"))
     run = _Sweep(index, options, on_progress or (lambda what, share: None))
-    points = tuple(run.point(size, number / len(kv_sizes), 1 / len(kv_sizes)) for number, size in enumerate(kv_sizes))
+    pairs = [(size, bits) for size in kv_sizes for bits in cache_bits or (options.cache_bits,)]
+    points = tuple(run.point(*pair, number / len(pairs), 1 / len(pairs)) for number, pair in enumerate(pairs))
     if not run.summary:
         raise OptionError((points and points[0].problem) or "--kv-sizes: no size was given; add some, as 50,25.")
     summary = run.summary
@@ -134,6 +155,14 @@ def parse_sizes(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
+def parse_bits(text: str) -> tuple[str, ...]:
+    """Numbers of bits in a list such as 16,8,4, each once. Raises `OptionError`."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(names) <= set(CACHE_BITS):
+        raise OptionError(f"--cache-bits: expected some of {', '.join(CACHE_BITS)}, found {text!r}; change the list.")
+    return names
+
+
 def sweep_page(report: SweepReport) -> str:
     """The table and the trade-off curve as one HTML page that needs no network."""
     measured = [point for point in report.points if point.fidelity is not None]
@@ -143,8 +172,12 @@ def sweep_page(report: SweepReport) -> str:
         html_note(report.setting()),
     ]
     plots: list[tuple[str, str, Draw]] = [
-        ("perplexity", "Perplexity before any training.", lambda axes: _draw_perplexity(axes, report, measured)),
-        ("agreement", "How often source and converted model agree on the most likely token.", _draw_top1(measured)),
+        ("perplexity", "Perplexity before any training.", lambda axes: _draw_perplexity(axes, report)),
+        (
+            "agreement",
+            "How often source and converted model agree on the most likely token.",
+            lambda axes: _draw_top1(axes, report),
+        ),
     ]
     return html_page(f"{report.source}: quality by KV size", [*parts, *(html_plots(plots) if measured else [])])
 
@@ -160,28 +193,31 @@ class _Sweep:
         self.first: LayerMaker | None = None
         self.summary: dict[str, Any] = {}
 
-    def point(self, kv_size: str, start: float, share: float) -> SweepPoint:
+    def point(self, kv_size: str, cache_bits: str, start: float, share: float) -> SweepPoint:
         """Plan, convert and measure at one size; the progress bar goes on from `start` by `share`."""
+        name = kv_size if cache_bits == "16" else f"{kv_size} in {cache_bits} bits"
         try:
-            plan = make_plan(self._index, at_size(self._options, kv_size))
-            tell = lambda what, done: self._on_progress(f"{kv_size}: {what}", start + share * done)  # noqa: E731
+            plan = make_plan(self._index, at_size(self._options, kv_size, cache_bits))
+            tell = lambda what, done: self._on_progress(f"{name}: {what}", start + share * done)  # noqa: E731
             maker = plan.options.initialisation.begin(plan, self._device, tell, measured_by=self.first)
             self.first = self.first or maker
             plan = plan.with_widths_of(maker)
         except OptionError as error:
-            return SweepPoint(kv_size=kv_size, problem=str(error))
+            return SweepPoint(kv_size=kv_size, cache_bits=cache_bits, problem=str(error))
         for _layer in maker.layers(plan):
             pass  # each is measured as it goes by; none is kept
         self.summary = maker.summary()
-        self._on_progress(kv_size, start + share)
+        self._on_progress(name, start + share)
         return _point(kv_size, plan, self.summary["fidelity"])
 
 
-def at_size(options: ConvertOptions, kv_size: str) -> ConvertOptions:
+def at_size(options: ConvertOptions, kv_size: str, cache_bits: str = "16") -> ConvertOptions:
     """The options at another KV size, with a work folder of its own: results in a folder are those of one size."""
     work_dir = options.values()["work_dir"]
-    folder = None if work_dir is None else str(Path(work_dir) / f"kv-size-{kv_size.rstrip('%')}")
-    return options.replace(kv_size=kv_size, kv_bytes_per_token=None, rank=None, energy=None, work_dir=folder)
+    name = f"kv-size-{kv_size.rstrip('%')}" + ("" if cache_bits == "16" else f"-{cache_bits}-bits")
+    folder = None if work_dir is None else str(Path(work_dir) / name)
+    others: dict[str, Any] = {"kv_bytes_per_token": None, "rank": None, "energy": None}
+    return options.replace(kv_size=kv_size, cache_bits=cache_bits, work_dir=folder, **others)
 
 
 def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) -> SweepPoint:
@@ -189,6 +225,7 @@ def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) 
     shapes = [item.shape for item in plan.converted]
     return SweepPoint(
         kv_size=kv_size,
+        cache_bits=plan.options.cache_bits,
         kv_bytes_per_token=size,
         kv_share=size / before,
         fidelity=fidelity,
@@ -196,30 +233,52 @@ def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) 
     )
 
 
-def _draw_perplexity(axes: Any, report: SweepReport, measured: Sequence[SweepPoint]) -> None:
-    ordered = sorted(measured, key=lambda point: point.kv_share or 0.0)
-    shares = [100 * (point.kv_share or 0.0) for point in ordered]
-    perplexities = [point.fidelity["perplexity"] for point in ordered if point.fidelity is not None]
-    axes.plot(shares, perplexities, marker="o", label="converted")
+def _by_size(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Those that were measured, smallest first, and of two of one size the better first."""
+    measured = [point for point in points if point.fidelity is not None]
+    return sorted(measured, key=lambda point: (point.kv_bytes_per_token, point.fidelity["kl"]))  # type: ignore[index]
+
+
+def _curves(report: SweepReport) -> dict[str, list[SweepPoint]]:
+    """A curve for each number of bits, and what no point beats."""
+    bits = list(dict.fromkeys(point.cache_bits for point in report.points))
+    if len(bits) == 1:
+        return {"converted": _by_size(report.points)}
+    curves = {
+        f"{name} bits" if name != "auto" else name: _by_size([p for p in report.points if p.cache_bits == name])
+        for name in bits
+    }
+    return curves | {"least KL": report.envelope()}
+
+
+def _draw_curves(axes: Any, report: SweepReport, figure: str, factor: float) -> list[float]:
+    """One line for each curve; all values drawn."""
+    drawn = []
+    for label, points in _curves(report).items():
+        shares = [100 * (point.kv_share or 0.0) for point in points]
+        values = [factor * point.fidelity[figure] for point in points if point.fidelity is not None]
+        style = {"color": "0.2", "linestyle": ":"} if label == "least KL" else {"marker": "o"}
+        axes.plot(shares, values, label=label, **style)
+        drawn += values
+    axes.grid(visible=True, color="0.9")
+    return drawn
+
+
+def _draw_perplexity(axes: Any, report: SweepReport) -> None:
+    perplexities = _draw_curves(axes, report, "perplexity", 1)
     if report.perplexity_source is not None:
         axes.axhline(report.perplexity_source, color="0.4", linestyle="--", label="source")
     if max(perplexities) > 5 * min(perplexities):
         axes.set_yscale("log")
     axes.set(xlabel="KV cache, percent of the source's", ylabel="perplexity")
-    axes.grid(visible=True, color="0.9")
     axes.legend(frameon=False)
 
 
-def _draw_top1(measured: Sequence[SweepPoint]) -> Draw:
-    def draw(axes: Any) -> None:
-        points = sorted(
-            (point.kv_share or 0.0, point.fidelity["top1"]) for point in measured if point.fidelity is not None
-        )
-        axes.plot([100 * share for share, _ in points], [100 * top1 for _, top1 in points], marker="o")
-        axes.set(xlabel="KV cache, percent of the source's", ylabel="top-1 agreement, percent")
-        axes.grid(visible=True, color="0.9")
-
-    return draw
+def _draw_top1(axes: Any, report: SweepReport) -> None:
+    _draw_curves(axes, report, "top1", 100)
+    axes.set(xlabel="KV cache, percent of the source's", ylabel="top-1 agreement, percent")
+    if len(_curves(report)) > 1:
+        axes.legend(frameon=False)
 
 
 def _percent(share: float | None) -> str | None:

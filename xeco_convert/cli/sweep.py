@@ -59,23 +59,36 @@ class SweepCommand(OptionsCommand):
     metavar="LIST",
     help="Sizes of the KV cache to try, in percent of the source's.",
 )
+@click.option(
+    "--cache-bits",
+    default="16",
+    show_default=True,
+    metavar="LIST",
+    help="Bits of a cached number to try at each size, some of 16, 8, 4 and auto, as 16,8,4.",
+)
 @json_option("Also write the results here.")
 @file_option("--html", "html_file", "Also write a page with the trade-off curve here.")
 @quiet_option
 def sweep_command(
-    source: str, kv_sizes: str, json_file: Path | None, html_file: Path | None, quiet: bool, **fields: Any
+    source: str,
+    kv_sizes: str,
+    cache_bits: str,
+    json_file: Path | None,
+    html_file: Path | None,
+    quiet: bool,
+    **fields: Any,
 ) -> None:
     """Measure what each size of the KV cache would cost in quality before any training. Writes no checkpoint.
 
-    IN is a checkpoint folder or a Hugging Face hub id. Runs the calibrated initialisation once for each size.
+    IN is a checkpoint folder or a Hugging Face hub id. Runs the calibrated initialisation once for each size and number of bits.
     """
-    from xeco_convert.sweep import COLUMNS, parse_sizes, sweep, sweep_page
+    from xeco_convert.sweep import COLUMNS, parse_bits, parse_sizes, sweep, sweep_page
 
-    sizes = parse_sizes(kv_sizes)
+    sizes, bits = parse_sizes(kv_sizes), parse_bits(cache_bits)
     options = ConvertOptions(kv_size="100%", **fields)
     say_when_interrupted(f"interrupted; nothing was written{options.initialisation.when_interrupted()}")
     with own_warnings_last(quiet), progress(quiet) as on_progress:
-        report = sweep(source, sizes, options, on_progress=on_progress)
+        report = sweep(source, sizes, options, cache_bits=bits, on_progress=on_progress)
     write_json(json_file, report.to_dict())
     if html_file is not None:
         write_text("--html", html_file, sweep_page(report))
@@ -84,4 +97,7 @@ def sweep_command(
     print_table(COLUMNS, report.rows())
     for problem in report.problems():
         click.echo(problem)
+    if len(bits) > 1:
+        best = (f"{point.kv_size} in {point.cache_bits} bits" for point in report.envelope())
+        click.echo(f"Beaten by no other of as few bytes: {', '.join(best)}.")
     click.echo(report.setting())
