@@ -6,8 +6,8 @@
 
 quality: at each size this package's own choice of widths and bits, beside the conversion in 16 bits that takes as many bytes once
 HQQ has its latents and rotary keys in 4 bits, groups of 64 numbers of a token with a scale and a zero in 16 bits each (4.5 bits a
-number). HQQ rounds every token that is attended to: without the residual of 128 tokens that transformers keeps. KL(source ‖ converted)
-on windows of the text, in float32.
+number). HQQ rounds every token that is attended to: without the residual of 128 tokens that transformers keeps. KL(source ‖
+converted) on windows of the text, in float32.
 
 generate: one conversion in 16 bits and the same widths in codes; greedy tokens per second behind a prompt, with
 cache_implementation="quantized" (hqq, 4 bits), with a cache in 16 bits and with codes, in turns.
