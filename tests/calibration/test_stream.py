@@ -55,6 +55,25 @@ def test_layers_are_those_of_the_whole_model(variant: str, rope: str, tmp_path: 
     torch.testing.assert_close(stream.output_head().logits(last.outputs), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_errors_weigh_as_the_norm_that_follows_makes_of_them(variant: str, tmp_path: Path) -> None:
+    folder = build_checkpoint(tmp_path / "in", variant)
+    plan = plan_for(folder, layers="0-2")
+    view = next(iter(SourceStream(plan.source, random_windows(2, 20), CPU).layers()))
+    seen: list[torch.Tensor] = []
+    for module in view.layer.modules():
+        if "Norm" in type(module).__name__:
+            module.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0].clone()))
+    view.run(view.inputs)
+    weights = view.token_weights(slice(None))
+    parallel = getattr(view.layer, "use_parallel_residual", False)  # there the next layer's norm follows
+    following = [1 / each.square().mean(dim=-1) for each in seen if each.shape == view.inputs.shape]
+    if not parallel:
+        assert any(torch.allclose(weights, each, rtol=1e-3) for each in following)
+    torch.testing.assert_close(view.output_weights(slice(None)), 1 / view.outputs.square().mean(dim=-1))
+
+
 def test_one_layer_is_in_memory_at_a_time(llama: Path) -> None:
     stream = SourceStream(plan_for(llama).source, random_windows(), CPU)
     for view in stream.layers():
