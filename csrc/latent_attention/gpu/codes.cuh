@@ -83,24 +83,22 @@ XECO_DEVICE void write_nibbles(uint16_t* low_to, uint16_t* high_to, const Bytes8
 struct CodeRows {
   const uint8_t* rows;
   int64_t stride;
-  int width, bits, bytes;
-  int pitch,
-      slip;  // of copied rows: how far apart they are, and how much further each one lies behind a multiple of 16
+  int width, bits;
 
   XECO_DEVICE CodeRows(const RowsView& view, int64_t batch, int64_t width_, int64_t bits_)
       : rows(static_cast<const uint8_t*>(view.data) + batch * view.outer_stride),
         stride(view.row_stride),
         width(static_cast<int>(width_)),
-        bits(static_cast<int>(bits_)),
-        bytes(code_bytes(width_, bits_)),
-        pitch(stride == bytes ? bytes : code_row_place(width_, bits_)),
-        slip(stride == bytes ? 0 : static_cast<int>(stride & 15)) {}
+        bits(static_cast<int>(bits_)) {}
+
+  XECO_DEVICE bool follow_one_another() const { return stride == code_bytes(width, bits); }
 
   // `count` rows from `first` on, as they lie.
   template <int kThreads>
   XECO_DEVICE void copy(uint8_t* to, int first, int count) const {
     const uint8_t* from = rows + first * stride;
-    if (stride == bytes) {
+    const int bytes = code_bytes(width, bits);
+    if (follow_one_another()) {
       const int behind = behind_multiple(from, 16), end = behind + count * bytes;
       from -= behind;
       for (int at = thread_index() * 16; at < end; at += kThreads * 16)
@@ -111,7 +109,7 @@ struct CodeRows {
       const uint8_t* of_row = from + row * stride;
       const int behind = behind_multiple(of_row, 16), end = behind + bytes;
       for (int at = thread_index() % kCopyLanes * 16; at < end; at += kCopyLanes * 16)
-        copy_async_16(to + row * pitch + at, of_row - behind + at, min(16, end - at));
+        copy_async_16(to + row * code_row_place(width, bits) + at, of_row - behind + at, min(16, end - at));
     }
   }
 
@@ -128,7 +126,7 @@ struct CodeRows {
     for (int row = thread_index(); row < kCount; row += kThreads) {
       float factor = 0.0f;
       if (row < count) {
-        const uint8_t* scale = source.row(row) + bytes - kScaleBytes;
+        const uint8_t* scale = source.row(row) + width * bits / 8;
         factor = BFloat16::widen(static_cast<uint16_t>(scale[0] | scale[1] << 8)) * (1 << (bits - 1));
       }
       factors[row] = factor;
@@ -139,14 +137,15 @@ struct CodeRows {
   // Where rows are read from: copied ones, or those in global memory.
   struct Source {
     const uint8_t* base;
-    int behind, pitch, slip;
+    int behind;       // a multiple of 16, the first row
+    int pitch, slip;  // of copied rows: how far apart they are, and how much further behind each one lies
     int64_t stride;
 
     XECO_DEVICE Source(const CodeRows& of, const uint8_t* copied, int first)
         : base(kCopiesAreAsynchronous ? copied : of.rows + first * of.stride),
           behind(behind_multiple(of.rows + first * of.stride, 16)),
-          pitch(of.pitch),
-          slip(of.slip),
+          pitch(of.follow_one_another() ? static_cast<int>(of.stride) : code_row_place(of.width, of.bits)),
+          slip(of.follow_one_another() ? 0 : static_cast<int>(of.stride & 15)),
           stride(of.stride) {}
 
     XECO_DEVICE const uint8_t* row(int number) const {
@@ -159,7 +158,7 @@ struct CodeRows {
   XECO_DEVICE void widen_bits(uint16_t* to, int to_stride, const Source& source, int count) const {
     if (width % (64 / kBits) != 0) return widen_singly<Element, kBits, kCount, kThreads>(to, to_stride, source, count);
     // Groups of 8 bytes, as many threads for each row as it has groups, or 8.
-    const int groups = (bytes - kScaleBytes) / 8, all = kBits == 8 ? padded(width) / 8 : groups;
+    const int groups = width * kBits / 64, all = kBits == 8 ? padded(width) / 8 : groups;
     const int lanes = all > 4 ? 8 : all > 2 ? 4 : all, shift = lanes == 8 ? 3 : lanes / 2;
     const int step = kThreads >> shift;
 #pragma unroll 1

@@ -154,8 +154,7 @@ XECO_DEVICE void multiply_tokens(Accumulator (&numbers)[Tile::kScoreTiles], cons
   for (int t = 0; t < Tile::kScoreTiles; ++t)
 #pragma unroll
     for (int e = 0; e < Layout::kFloats; ++e)
-      numbers[t].values[e] *=
-          factors[(column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane_index(), e)];
+      numbers[t].values[e] *= factors[(column_warp + t * Tile::kColumnWarps) * kTile + Layout::column(lane_index(), e)];
 }
 
 // S of one tile: Q · Cᵀ over latents and rotary parts, where rows are codes each with its factor.
@@ -308,8 +307,8 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
   const auto load_tile = [&](int number) {
     const int first = work.seen.low + number * Tile::kTokens;
     if constexpr (Tile::kPacked)
-      tokens.template load<Tile::kTokens, Tile::kThreads>(
-          codes + number % stages * Tile::kTokens * code_places(shape), first, work.seen);
+      tokens.template load<Tile::kTokens, Tile::kThreads>(codes + number % stages * Tile::kTokens * code_places(shape),
+                                                          first, work.seen);
     else
       tokens.template load<Tile::kMaxRank, Tile::kTokens, Tile::kThreads>(
           tiles + number % stages * Tile::kTokens * stride, first, work.seen);
@@ -363,8 +362,8 @@ forward_kernel(const ForwardParams params, const Parts parts, int stages) {
     }
     const bool all =
         first_token + Tile::kTokens <= work.seen.high && seen_by_all(of_first, of_last, first_token, Tile::kTokens);
-    attend_tile<Tile>(shape, queries, tiles + (Tile::kPacked ? 0 : number % stages * Tile::kTokens * stride), factors, first_token, all,
-                      weights, board, state, out);
+    attend_tile<Tile>(shape, queries, tiles + (Tile::kPacked ? 0 : number % stages * Tile::kTokens * stride), factors,
+                      first_token, all, weights, board, state, out);
   }
   commit_copies();
   wait_copies(0);  // a thread must not end with copies under way

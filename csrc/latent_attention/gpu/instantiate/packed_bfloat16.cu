@@ -1,4 +1,5 @@
-// The forward kernels over rows of codes, queries in bfloat16. One file for each, so that they are compiled side by side.
+// The forward kernels over rows of codes, queries in bfloat16. One file for each, so that they are compiled side by
+// side.
 #include "latent_attention/gpu/kernels.h"
 #include "latent_attention/gpu/run.cuh"
 
