@@ -9,8 +9,8 @@ HQQ has its latents and rotary keys in 4 bits, groups of 64 numbers of a token w
 number). HQQ rounds every token that is attended to: without the residual of 128 tokens that transformers keeps. KL(source ‖
 converted) on windows of the text, in float32.
 
-generate: one conversion in 16 bits and the same widths in codes; greedy tokens per second behind a full cache: QuantizedCache (which
-cache_implementation="quantized" makes; hqq, 4 bits), one in the model's dtype, and codes, in turns.
+generate: one conversion in 16 bits and the same widths in codes; greedy tokens per second behind a full cache: QuantizedCache
+(which cache_implementation="quantized" makes; hqq, 4 bits), one in the model's dtype, and codes, in turns.
 
 Exits with 1 where KL is above 0.8 times that of HQQ, or tokens per second below 5 times.
 """

@@ -141,9 +141,9 @@ class LayerView:
         return output + (self.inputs[part] - inputs) / self.residual_scale
 
     def token_weights(self, part: slice | Tensor) -> Tensor:
-        """How much squared errors of the attention's output count [w, T]: by the inverse mean square of what the norm that follows
-        sees in the source, the residual stream or, where that norm stands before it, the output itself. Tokens with massive
-        activations, a handful of a text, would decide alone otherwise (arXiv 2402.17762)."""
+        """How much squared errors of the attention's output count [w, T]: by the inverse mean square of what the norm that
+        follows sees in the source, the residual stream or, where that norm stands before it, the output itself. Tokens with
+        massive activations, a handful of a text, would decide alone otherwise (arXiv 2402.17762)."""
         output = self.attention_output[part]
         if self.family.post_attention_norm:
             return _inverse_mean_square(output)
