@@ -57,6 +57,13 @@ def test_windows_are_spread_over_all_of_a_longer_text() -> None:
     assert 20 <= unequal.num_tokens < 24 and unequal.ids.shape[0] > 10
 
 
+def test_ends_of_documents_are_taken_where_the_rest_is_not_enough() -> None:
+    documents = [[5] * 11, [6] * 3, [7] * 9]
+    enough = windows_of(documents, num_tokens=19).counts.sum(dim=1).tolist()
+    assert sorted(enough) == [3, 4, 4, 4, 4]  # a short document is no end
+    assert sorted(windows_of(documents, num_tokens=21).counts.sum(dim=1).tolist())[0] < 3
+
+
 def test_all_of_a_shorter_text_is_taken_in_its_order() -> None:
     assert windows_of([list(range(3, 13)), [20]], num_tokens=11).ids[:, 0].tolist() == [3, 7, 11, 20]
 

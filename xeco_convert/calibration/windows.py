@@ -60,10 +60,16 @@ def windows_of_documents(
 
     A piece shorter than the window is padded on the right, where causal attention does not see it. Where there is more text than
     that, the windows come from all of it, evenly spread, in an order of which every part is: neighbours say much the same, and
-    statistics of a few articles do not carry over to others.
+    statistics of a few articles do not carry over to others. Ends of documents that fill no window are left out then, if the rest
+    is enough.
     """
     pieces = [document[start : start + length] for document in documents for start in range(0, len(document), length)]
     if sum(map(len, pieces)) > num_tokens:
+        # of each document what fills windows, or all of a shorter one
+        full = [
+            d[start : start + length] for d in documents if d for start in range(0, max(1, len(d) - length + 1), length)
+        ]
+        pieces = full if sum(map(len, full)) >= num_tokens else pieces
         pieces = [pieces[place] for place in _evenly_spread(len(pieces))]
     rows: list[list[int]] = []
     taken = 0
