@@ -118,18 +118,20 @@ def generate(options: argparse.Namespace) -> list[list[Any]]:
             seconds = run()
             if turn:
                 times[name].append(seconds)
-    rates = {name: options.new_tokens / statistics.median(each) for name, each in times.items()}
+    tokens = options.batch * options.new_tokens
+    rates = {name: tokens / statistics.median(each) for name, each in times.items()}
     return [[options.context, name, rate, rate / rates["hqq, 4 bits"]] for name, rate in rates.items()]
 
 
 @torch.no_grad()
 def _seconds(model: Any, cache: Any, options: argparse.Namespace) -> float:
     """Of some tokens behind a full cache. What it holds is one token's rows again and again: the work is the same."""
-    context, tokens, first = options.context, options.new_tokens, DynamicCache(config=model.config)
+    context, tokens, batch = options.context, options.new_tokens, options.batch
+    first = DynamicCache(config=model.config)
     model(torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
     for number, layer in enumerate(first.layers):
-        cache.update(layer.keys.repeat(1, 1, context, 1), layer.values.repeat(1, 1, context, 1), number)
-    prompt = torch.zeros(1, context + 1, dtype=torch.long)
+        cache.update(*(rows.repeat(batch, 1, context, 1) for rows in (layer.keys, layer.values)), number)
+    prompt = torch.zeros(batch, context + 1, dtype=torch.long)
     how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     started = time.perf_counter()
     result = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **how)
@@ -170,6 +172,7 @@ def _arguments() -> argparse.Namespace:
         "--context", type=int, default=8192 - 64, help="cached tokens before those that are generated [8128]"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model in generate")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of generate [1]")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
