@@ -197,8 +197,8 @@ def run(options: argparse.Namespace) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; what the shared functions of bench_fidelity.py read besides is set here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, what in (("checkpoint", "folder of the source"), ("calibration", "text to calibrate on")):
-        parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the source")
+    parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate on")
     parser.add_argument("--data", type=Path, required=True, help="text to heal on, as `xeco-distill --data` takes it")
     parser.add_argument("--text", type=Path, required=True, help="text that measures, taken raw")
     parser.add_argument("--tasks", type=Path, help="folder of task files [none are scored]")
