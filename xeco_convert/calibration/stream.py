@@ -151,7 +151,7 @@ class LayerView:
 
     def output_weights(self, part: slice | Tensor) -> Tensor:
         """The same behind the whole layer."""
-        return torch.ones_like(self.outputs[part][..., 0])
+        return _inverse_mean_square(self.outputs[part])
 
     @property
     def attention(self) -> nn.Module:
