@@ -47,5 +47,5 @@ XECO_BUILD_EXT=1 XECO_BUILD_DEVICE=1 part build 170 "$python" setup.py --quiet b
 part test 150 "$python" -m pytest tests/device tests/ops -m gpu -q --maxfail=20 -p no:cacheprovider "${several[@]}"
 part bench 130 "$python" benchmarks/bench_gpu_attention.py --json "$folder/gpu_attention.json"
 part generate 75 "$python" benchmarks/gpu_generate.py --json "$folder/gpu_generate.json"
-part choice 45 "$python" benchmarks/bench_gpu_choice.py --json "$folder/gpu_choice.json"
+part choice 70 "$python" benchmarks/bench_gpu_choice.py --json "$folder/gpu_choice.json"
 exit $failed
