@@ -71,14 +71,19 @@ def quality(arguments: argparse.Namespace) -> list[list[Any]]:
                     continue
                 model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
                 found = measure_fidelity(source, model, windows)
-            widths = [
-                f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.latent_bits} + {layer.rope_bits}"
-                for layer in report.layers
-            ]
             measured = [found.perplexity, f"{found.kl:.4f}", f"{found.top1:.1%}"]
-            rows.append([size, bits, f"{report.kv_share:.1%}", "; ".join(dict.fromkeys(widths)), *measured])
+            rows.append([size, bits, f"{report.kv_share:.1%}", widths_in_bits(report), *measured])
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def widths_in_bits(report: Any) -> str:
+    """The different widths of a conversion's layers with their bits."""
+    widths = [
+        f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.latent_bits} + {layer.rope_bits}"
+        for layer in report.layers
+    ]
+    return "; ".join(dict.fromkeys(widths))
 
 
 def decode(repeats: int) -> list[list[Any]]:

@@ -137,7 +137,8 @@ PRESETS = {
         kv=("50%", "25%", "12.5%"),
         expected_source=15.04,
         expected=_column("paper", kv96_32=103.7, kv32_32=109.7, kv24_8=151.8)
-        | _column("transmla", kv64_64=16.65, kv32_32=22.09, kv16_16=56.60),
+        # on the beginning of the text, where this package takes windows from all of it: 16+16 (56.60) is not comparable
+        | _column("transmla", kv64_64=16.65, kv32_32=22.09),
         init=METHODS,
         pairs={
             "50%": _pairs(paper="96+32", others="64+64"),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_codes import widths_in_bits
 from reporting import describe, format_table, machine_facts, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
@@ -78,7 +79,7 @@ def quality(options: argparse.Namespace) -> list[list[Any]]:
             kls.append(found.kl)
             scale = BITS_OF_HQQ / 16 if name == "hqq" else 1.0
             measured = [found.perplexity, f"{found.kl:.4f}", kls[-1] / kls[0] if name == "codes" else None]
-            rows.append([size, name, f"{report.kv_share * scale:.1%}", _widths(report), *measured])
+            rows.append([size, name, f"{report.kv_share * scale:.1%}", widths_in_bits(report), *measured])
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -110,7 +111,7 @@ def generate(options: argparse.Namespace) -> list[list[Any]]:
     runs: dict[str, Callable[[], float]] = {
         "hqq, 4 bits": lambda: _seconds(wide, QuantizedCache("hqq", wide.config, nbits=NBITS), options),
         f"{options.dtype}": lambda: _seconds(wide, DynamicCache(config=wide.config), options),
-        f"codes, {_widths(report)}": lambda: _seconds(codes, DynamicCache(config=codes.config), options),
+        f"codes, {widths_in_bits(report)}": lambda: _seconds(codes, DynamicCache(config=codes.config), options),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(options.repeats + 1):
@@ -145,14 +146,6 @@ def _converted(options: argparse.Namespace, folder: Path, **fields: Any) -> tupl
     report = convert(options.checkpoint, folder, **text, **fields)
     dtype = torch.float32 if options.part == "quality" else getattr(torch, options.dtype)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), report
-
-
-def _widths(report: Any) -> str:
-    widths = [
-        f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.latent_bits} + {layer.rope_bits}"
-        for layer in report.layers
-    ]
-    return "; ".join(dict.fromkeys(widths))
 
 
 def _arguments() -> argparse.Namespace:

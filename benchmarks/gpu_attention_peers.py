@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xeco_convert.ops import latent_attention, latent_attention_decode, latent_attention_packed
-from xeco_convert.ops.packed_rows import pack_rows
+from xeco_convert.ops.packed_rows import pack_rows, unpack_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,21 +160,23 @@ def decode_paged(layer: Layer, page_size: int = 64) -> Callable[[], Tensor]:
     )[0]
 
 
-def decode_packed(layer: Layer, bits: tuple[int, int]) -> Callable[[], Tensor]:
-    """The same over codes of so many bits for latents and rotary keys, which stand for nearly the same rows."""
-    q_latent = layer.q_latent()
-    rows = [
-        torch.cat([pack_rows(part, each) for part in whole])  # float32 of the whole cache would not fit
-        for whole, each in ((layer.c_kv.split(1), bits[0]), (layer.k_rope.split(1), bits[1]))
+def decode_packed(layer: Layer, bits: tuple[int, int]) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The same over codes of so many bits for latents and rotary keys, and over the rows that these stand for."""
+    q_latent, scale = layer.q_latent(), layer.case.scale
+    # sequence by sequence: float32 of the whole cache would not fit
+    codes = [
+        torch.cat([pack_rows(part, each) for part in whole.split(1)])
+        for whole, each in zip((layer.c_kv, layer.k_rope), bits, strict=True)
     ]
-    return lambda: latent_attention_packed(
-        q_latent,
-        layer.q_rope,
-        *rows,
-        latent_bits=bits[0],
-        rope_bits=bits[1],
-        softmax_scale=layer.case.scale,
-    )[0]
+    rows = [
+        torch.cat([unpack_rows(part, each, layer.c_kv.dtype) for part in whole.split(1)])
+        for whole, each in zip(codes, bits, strict=True)
+    ]
+    how = {"latent_bits": bits[0], "rope_bits": bits[1], "softmax_scale": scale}
+    return (
+        lambda: latent_attention_packed(q_latent, layer.q_rope, *codes, **how)[0],
+        lambda: latent_attention_decode(q_latent, layer.q_rope, *rows, softmax_scale=scale)[0],
+    )
 
 
 def decode_decompressed(layer: Layer) -> Callable[[], Tensor]:

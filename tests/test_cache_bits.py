@@ -20,6 +20,7 @@ from xeco_convert.export.options import ExportOptions
 from xeco_convert.families import supported_model_types
 from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.modeling.layer_xeco import MlaLayer
+from xeco_convert.ops.fused import reads_codes
 from xeco_convert.options import CACHE_BITS, ConvertOptions
 from xeco_convert.vllm.support import ServingSettings, check_layer
 
@@ -199,3 +200,18 @@ def test_the_command_plans_in_bytes(llama: Path, tmp_path: Path) -> None:
     assert "KV cache: 384 -> 36 bytes per token (9.4%), latents in 4 bits, rotary keys in 8" in plan.stdout, plan.stderr
     assert ConvertOptions(rank=8, cache_bits="4").cache_bits_on_offer == ((4, 8),)
     assert ConvertOptions(kv_size="20%", cache_bits="4").cache_bits_on_offer == ((4, 8), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("device_type", "requested", "expected"),
+    [
+        ("cpu", None, True),
+        ("cpu", "fused", True),
+        ("cuda", None, False),
+        ("cuda", "fused", True),
+        ("xpu", "fused", False),
+    ],
+)
+def test_a_gpu_reads_codes_where_that_is_asked_for(device_type: str, requested: str | None, expected: bool) -> None:
+    """No GPU has run the present form of these kernels."""
+    assert reads_codes(device_type, requested) is expected

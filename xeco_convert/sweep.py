@@ -45,6 +45,16 @@ class SweepPoint:
             return None
         return math.log(self.fidelity["perplexity"] / self.fidelity["perplexity_source"])
 
+    @property
+    def kl(self) -> float:
+        """In nats per token; infinite where nothing was measured."""
+        return math.inf if self.fidelity is None else float(self.fidelity["kl"])
+
+    @property
+    def name(self) -> str:
+        """The size and the bits, in words."""
+        return name_of(self.kv_size, self.cache_bits)
+
     def row(self) -> list[Any]:
         """Cells under COLUMNS; None where nothing is known."""
         size = [self.kv_size, self.cache_bits, self.kv_bytes_per_token, _percent(self.kv_share)]
@@ -80,17 +90,14 @@ class SweepReport:
     def problems(self) -> list[str]:
         """A sentence for each size that cannot be met."""
         several = len({point.cache_bits for point in self.points}) > 1
-        return [
-            f"{point.kv_size}{f' in {point.cache_bits} bits' if several else ''}: {point.problem}"
-            for point in self.points
-            if point.problem is not None
-        ]
+        missed = [point for point in self.points if point.problem is not None]
+        return [f"{point.name if several else point.kv_size}: {point.problem}" for point in missed]
 
     def envelope(self) -> list[SweepPoint]:
         """The points that no other beats in KL with at most as many bytes, smallest first."""
         best: list[SweepPoint] = []
         for point in _by_size(self.points):
-            if not best or point.fidelity["kl"] < best[-1].fidelity["kl"]:  # type: ignore[index]
+            if not best or point.kl < best[-1].kl:
                 best.append(point)
         return best
 
@@ -155,6 +162,11 @@ def parse_sizes(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
+def name_of(kv_size: str, cache_bits: str) -> str:
+    """A size and a number of bits, in words."""
+    return f"{kv_size} in {'bits chosen by layer' if cache_bits == 'auto' else f'{cache_bits} bits'}"
+
+
 def parse_bits(text: str) -> tuple[str, ...]:
     """Numbers of bits in a list such as 16,8,4, each once. Raises `OptionError`."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -195,7 +207,7 @@ class _Sweep:
 
     def point(self, kv_size: str, cache_bits: str, start: float, share: float) -> SweepPoint:
         """Plan, convert and measure at one size; the progress bar goes on from `start` by `share`."""
-        name = kv_size if cache_bits == "16" else f"{kv_size} in {cache_bits} bits"
+        name = kv_size if cache_bits == "16" else name_of(kv_size, cache_bits)
         try:
             plan = make_plan(self._index, at_size(self._options, kv_size, cache_bits))
             tell = lambda what, done: self._on_progress(f"{name}: {what}", start + share * done)  # noqa: E731
@@ -236,7 +248,7 @@ def _point(kv_size: str, plan: ConversionPlan, fidelity: dict[str, Any] | None) 
 def _by_size(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """Those that were measured, smallest first, and of two of one size the better first."""
     measured = [point for point in points if point.fidelity is not None]
-    return sorted(measured, key=lambda point: (point.kv_bytes_per_token, point.fidelity["kl"]))  # type: ignore[index]
+    return sorted(measured, key=lambda point: (point.kv_bytes_per_token or 0, point.kl))
 
 
 def _curves(report: SweepReport) -> dict[str, list[SweepPoint]]:

@@ -98,6 +98,6 @@ def sweep_command(
     for problem in report.problems():
         click.echo(problem)
     if len(bits) > 1:
-        best = (f"{point.kv_size} in {point.cache_bits} bits" for point in report.envelope())
-        click.echo(f"Beaten by no other of as few bytes: {', '.join(best)}.")
+        best = ", ".join(point.name for point in report.envelope())
+        click.echo(f"Beaten by no other of as few bytes: {best}.")
     click.echo(report.setting())
