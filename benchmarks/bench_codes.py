@@ -79,10 +79,7 @@ def quality(arguments: argparse.Namespace) -> list[list[Any]]:
 
 def widths_in_bits(report: Any) -> str:
     """The different widths of a conversion's layers with their bits."""
-    widths = [
-        f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.latent_bits} + {layer.rope_bits}"
-        for layer in report.layers
-    ]
+    widths = [f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim}: {layer.bits or '16 + 16'}" for layer in report.layers]
     return "; ".join(dict.fromkeys(widths))
 
 

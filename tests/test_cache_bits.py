@@ -52,16 +52,18 @@ def cached_bytes(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", supported_model_types())
-@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("bits", ["8", "4", "3"])
 def test_every_family_is_cached_in_codes(family: str, bits: str, convert: Callable[..., Any], tmp_path: Path) -> None:
     source = build_checkpoint(tmp_path / "source", VARIANT_OF.get(family, family), tokenizer=True)
-    report = convert(source, tmp_path / "out", rank=8, rope_dim=4, cache_bits=bits, verify=True)
+    rope = 8 if bits == "3" else 4
+    report = convert(source, tmp_path / "out", rank=16, rope_dim=rope, cache_bits=bits, verify=True)
     held, planned = cached_bytes(tmp_path / "out"), [layer.kv_bytes_after for layer in report.layers]
     converted = [layer for layer in report.layers if layer.latent_bits is not None]
-    assert converted and all((layer.latent_bits, layer.rope_bits) == CACHE_BITS[bits][0] for layer in converted)
+    rope_bits = CACHE_BITS[bits][0][1]
+    assert converted and all(layer.bits == f"{bits} + {rope_bits}" for layer in converted)
     for layer in converted:
         rope = layer.qk_rope_head_dim or 0
-        size = 8 * int(bits) // 8 + 2 + (rope + 2 if rope else 0)
+        size = layer.kv_lora_rank * int(bits) // 8 + 2 + (rope * rope_bits // 8 + 2 if rope else 0)
         assert held[layer.layer] == planned[layer.layer] == size
 
 
@@ -70,8 +72,8 @@ def test_a_kv_size_is_met_in_bytes_and_said_everywhere(
     bits: str, llama: Path, convert: Callable[..., Any], tmp_path: Path
 ) -> None:
     report = convert(llama, tmp_path / "out", kv_size="30%", rank_multiple=2, cache_bits=bits)
-    chosen = {(layer.latent_bits, layer.rope_bits) for layer in report.layers}
-    assert chosen <= set(CACHE_BITS[bits])
+    chosen = {layer.bits or "16 + 16" for layer in report.layers}
+    assert chosen <= {f"{latent} + {rope}" for latent, rope in CACHE_BITS[bits]}
     assert 0.2 < report.kv_share <= 0.3
     assert sum(cached_bytes(tmp_path / "out")) == report.kv_bytes_after
     facts = inspect_checkpoint(tmp_path / "out")
@@ -140,12 +142,23 @@ def test_refinement_trains_through_the_codes(stories: Path, shared: Path, tmp_pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no such bits": ({"rank": 8, "cache_bits": "3"}, r"--cache-bits: expected one of 16, 8, 4, auto, found 3"),
+    "no such bits": ({"rank": 8, "cache_bits": "5"}, r"--cache-bits: expected one of 16, 8, 4, 3, auto, found 5"),
     "bits to choose without a size": ({"rank": 8, "cache_bits": "auto"}, r"--cache-bits auto: .*give --kv-size"),
-    "an odd rank": ({"rank": 7, "cache_bits": "4"}, r"--cache-bits: a latent in 4 bits needs an even rank, found 7"),
+    "an odd rank": (
+        {"rank": 7, "cache_bits": "4"},
+        r"--cache-bits: .* 4 bits takes a multiple of 2 .* kv_lora_rank = 7",
+    ),
+    "a rank that is no whole byte": (
+        {"rank": 12, "cache_bits": "3"},
+        r"3 bits takes a multiple of 8 .*kv_lora_rank = 12",
+    ),
+    "a rotary key that is none": (
+        {"rank": 16, "rope_dim": 4, "cache_bits": "3"},
+        r"6 bits takes a multiple of 8 .*qk_rope_head_dim = 4; choose another --rank or --rope-dim",
+    ),
     "an odd rank beside others that are chosen": (
         {"energy": 0.9, "fixed_ends": True, "rank": 7, "cache_bits": "4", "init": "paper"},
-        r"--cache-bits: a latent in 4 bits needs an even rank, found 7",
+        r"--cache-bits: a row in 4 bits takes a multiple of 2 numbers, found kv_lora_rank = 7",
     ),
     "a stock model": (
         {"rank": 8, "portable": True, "cache_bits": "8"},
@@ -175,7 +188,7 @@ def test_engines_whose_pages_hold_numbers_refuse_codes(
     entry = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["mla_layers"][0]
     settings = ServingSettings(device="cpu", max_model_len=64)
     with pytest.raises(
-        UnsupportedModelError, match=r"layer 0: latents in 8 and rotary keys in 8 bits .*transformers alone"
+        UnsupportedModelError, match=r"layer 0: latents and rotary keys in 8 \+ 8 bits .*transformers alone"
     ):
         check_layer(0, MlaLayer.from_dict(entry), None, settings)
 
@@ -183,9 +196,16 @@ def test_engines_whose_pages_hold_numbers_refuse_codes(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"latent_bits": 3}, "no such value can be, found latent_bits = 3"),
+        ({"latent_bits": 5}, "no such value can be, found latent_bits = 5"),
+        ({"latent_bits": [8, 16]}, r"no such value can be, found latent_bits = \[8, 16\]"),
+        ({"latent_bits": [8] * 8}, r"no such value can be, found latent_bits = \[8, "),
+        ({"latent_bits": [16, 16]}, "first bit plane of a row reaches all its numbers, found 16 of kv_lora_rank = 8"),
+        ({"rope_bits": 6}, "a row in 6 bits takes a multiple of 8 numbers, found qk_rope_head_dim = 4"),
         ({"rope_bits": True}, "no such value can be, found rope_bits = True"),
-        ({"latent_bits": 4, "kv_lora_rank": 7}, "a latent in 4 bits needs an even kv_lora_rank, found 7"),
+        (
+            {"latent_bits": 4, "kv_lora_rank": 7},
+            "a row in 4 bits takes a multiple of 2 numbers, found kv_lora_rank = 7",
+        ),
     ],
 )
 def test_odd_entries_of_config_json_are_refused(change: dict[str, Any], sentence: str) -> None:
@@ -203,15 +223,18 @@ def test_the_command_plans_in_bytes(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device_type", "requested", "expected"),
+    ("device_type", "requested", "bits", "expected"),
     [
-        ("cpu", None, True),
-        ("cpu", "fused", True),
-        ("cuda", None, False),
-        ("cuda", "fused", True),
-        ("xpu", "fused", False),
+        ("cpu", None, (4, 8), True),
+        ("cpu", "fused", (3, 6), True),
+        ("cuda", None, (4, 8), False),
+        ("cuda", "fused", (4, 8), True),
+        ("cuda", "fused", (3, 6), False),
+        ("xpu", "fused", (4, 8), False),
     ],
 )
-def test_a_gpu_reads_codes_where_that_is_asked_for(device_type: str, requested: str | None, expected: bool) -> None:
-    """No GPU has run the present form of these kernels."""
-    assert reads_codes(device_type, requested) is expected
+def test_a_gpu_reads_codes_where_that_is_asked_for(
+    device_type: str, requested: str | None, bits: tuple[int, int], expected: bool
+) -> None:
+    """No GPU has run the present form of these kernels, and none reads bit planes."""
+    assert reads_codes(device_type, requested, bits) is expected

@@ -139,8 +139,10 @@ class _Conversion:
         self._on_progress(what, (1 - _COPY_SHARE) * share)
 
     def _write_layer(self, planned: PlannedLayer, layer: ConvertedLayer, writer: CheckpointWriter) -> None:
-        shape = dataclasses.replace(planned.shape, rope_index=layer.factors.rope_index)
-        tensors, module = layer.factors.state_dict(), self._plan.source.family.module_name(layer.layer)
+        # what comes out of the conversion alone; bit planes take as many bytes as the plan has counted
+        factors = layer.factors
+        shape = dataclasses.replace(planned.shape, rope_index=factors.rope_index, latent_bits=factors.latent_bits)
+        tensors, module = factors.state_dict(), self._plan.source.family.module_name(layer.layer)
         for header in self._plan.converted_headers(planned):
             writer.write(header.name, [self._cast(tensors[header.name.removeprefix(f"{module}.")], header)])
         before = self._plan.source_kv_numbers_per_token()[layer.layer]
@@ -156,6 +158,7 @@ class _Conversion:
             kv_bytes_after=shape.cache_bytes(DTYPE_BYTES[self._plan.dtype]),
             latent_bits=shape.latent_bits,
             rope_bits=shape.rope_bits,
+            bits=shape.bits_in_words if shape.is_packed else None,
             details=layer.details,
         )
 

@@ -92,7 +92,7 @@ def _layer(
         return {"layer": number, "kv_numbers_after": kept, "kv_bytes_after": kept * number_bytes}
     widths = mla_layer(number, entry)
     cached = {"kv_numbers_after": widths.cache_width, "kv_bytes_after": widths.cache_bytes(number_bytes)}
-    bits = {"latent_bits": widths.latent_bits, "rope_bits": widths.rope_bits}
+    bits = {"latent_bits": widths.latent_bits, "rope_bits": widths.rope_bits, "bits": widths.bits_in_words}
     return {"layer": number, **widths.to_dict(), **bits, **cached, **errors.get(number, {})}
 
 

@@ -42,9 +42,7 @@ def model_card(plan: ConversionPlan, report: ConversionReport) -> str:
     """Text of the card, with the metadata that the Hugging Face hub reads."""
     ranks = sorted({layer.kv_lora_rank for layer in report.layers if layer.kv_lora_rank is not None})
     span = f"kv_lora_rank {ranks[0]}" if len(ranks) == 1 else f"kv_lora_rank {ranks[0]} to {ranks[-1]}"
-    bits = sorted(
-        {f"{layer.latent_bits} + {layer.rope_bits}" for layer in report.layers if layer.latent_bits not in (None, 16)}
-    )
+    bits = sorted({layer.bits for layer in report.layers if layer.bits is not None})
     if bits:
         span += f", cached in {' or '.join(bits)} bits (latent + rotary key)"
     source = plan.source.index.hub_id or plan.source.index.folder.name

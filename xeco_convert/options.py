@@ -16,7 +16,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 QK_NORMS = ("exact", "regression")
 # What --cache-bits stands for: bits of the latent and of the rotary key. A KV size chooses among them for each layer, where
 # ranks are given it is the first.
-CACHE_BITS = {"16": ((16, 16),), "8": ((8, 8),), "4": ((4, 8), (4, 4)), "auto": ((16, 16), (8, 8), (4, 8), (4, 4))}
+CACHE_BITS = {
+    "16": ((16, 16),),
+    "8": ((8, 8),),
+    "4": ((4, 8), (4, 4)),
+    "3": ((3, 6), (3, 4)),
+    "auto": ((16, 16), (8, 8), (4, 6), (4, 4), (3, 6), (3, 4)),
+}
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -51,8 +57,8 @@ class ConvertOptions:
         False,
     )
     cache_bits: str = option(
-        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 (of latents; rotary keys get 8, or 4 where a KV size "
-        "chooses them), or auto, chosen for each layer together with its widths (needs a KV size).",
+        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 or 3 (of latents; rotary keys get 8 beside 4, or 6 "
+        "beside 3, or 4 where a KV size chooses them), or auto, chosen for each layer with its widths (needs a KV size).",
         "16",
         choices=tuple(CACHE_BITS),
     )

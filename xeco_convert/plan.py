@@ -168,6 +168,7 @@ class ConversionPlan:
             same_widths=same_widths,
             bits=self.options.cache_bits_on_offer,
             layer_bytes=self._layer_bytes,
+            can_cache=lambda widths: _with_widths(self.converted[0].shape, widths).bits_obstacle is None,
         )
 
     def _layer_bytes(self, widths: Widths) -> int:
@@ -213,12 +214,10 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
 
 
 def _check_codes(plan: ConversionPlan) -> None:
-    """Refuse widths that codes cannot have: half a byte each, they come in pairs."""
-    odd = [item for item in plan.converted if item.shape.latent_bits == 4 and item.shape.kv_lora_rank % 2]
-    if odd and plan.widths_are_final:
-        raise OptionError(
-            f"--cache-bits: a latent in 4 bits needs an even rank, found {odd[0].shape.kv_lora_rank}; choose another --rank."
-        )
+    """Refuse widths that codes cannot have: rows are whole bytes, and so are bit planes."""
+    obstacles = [item.shape.bits_obstacle for item in plan.converted if item.shape.bits_obstacle is not None]
+    if obstacles and plan.widths_are_final:
+        raise OptionError(f"--cache-bits: {obstacles[0]}; choose another --rank or --rope-dim.")
 
 
 def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:

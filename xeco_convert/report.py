@@ -12,7 +12,7 @@ from xeco_convert.stopwatch import Timings
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One layer. KV numbers are cached numbers per token, `kv_bytes_after` their bytes, scales of codes included; key and value
-    errors are relative, and these, widths and bits None for kept layers.
+    errors are relative, and these, widths and bits None for kept layers. `bits` says how a layer caches codes in words (4 + 8).
 
     `details`: what the initialisation knows beyond that (expected and measured errors, rotary frequencies, spectrum).
     `exactness_error` and `output_error` (relative, of the attention's output) are there for layers that --verify took.
@@ -26,8 +26,9 @@ class LayerReport:
     kv_numbers_before: int
     kv_numbers_after: int
     kv_bytes_after: int
-    latent_bits: int | None = None
-    rope_bits: int | None = None
+    latent_bits: int | tuple[int, ...] | None = None
+    rope_bits: int | tuple[int, ...] | None = None
+    bits: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
     exactness_error: float | None = None
     output_error: float | None = None

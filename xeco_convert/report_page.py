@@ -123,11 +123,6 @@ def _setting(report: ConversionReport) -> str:
     return "\n".join(html_note(text) for text in (" ".join(sentences), *summary.get("warnings", ())))
 
 
-def _bits(layer: LayerReport) -> str:
-    """Those of the latent and of the rotary key."""
-    return f"{layer.latent_bits} + {layer.rope_bits}"
-
-
 def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows; a column that no layer has a value for is left out."""
     table: dict[str, list[Any]] = {
@@ -136,7 +131,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> tuple[list[str], list[list[An
         "qk_rope_head_dim": [layer.qk_rope_head_dim for layer in layers],
         "KV numbers before": [layer.kv_numbers_before for layer in layers],
         "after": [layer.kv_numbers_after for layer in layers],
-        "bits": [None if layer.latent_bits in (None, 16) else _bits(layer) for layer in layers],
+        "bits": [layer.bits for layer in layers],
         "key error": [layer.key_error for layer in layers],
         "value error": [layer.value_error for layer in layers],
     }

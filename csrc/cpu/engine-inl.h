@@ -3,7 +3,7 @@
 //
 //   WideEngine<Element>   float32 arithmetic; 16-bit tiles are widened once, float32 ones are read where they lie
 //   DotEngine, AmxEngine  bfloat16 pairs (cpu/bf16_engines-inl.h)
-//   CodeEngine<Element>   tiles of 8- and 4-bit codes, widened (cpu/codes-inl.h)
+//   CodeEngine<Element>   tiles of codes, widened (cpu/codes-inl.h)
 //   VnniEngine<Element>   the same by products of bytes (cpu/vnni_engine-inl.h)
 //
 // Letters: K depth of a product, w panel width (one or two vectors), R kv_lora_rank, P qk_rope_head_dim.
@@ -20,7 +20,7 @@ struct TileRows {
   const Storage* rope;
   int64_t rope_stride;
   int64_t tokens;
-  int64_t latent_bits = 16, rope_bits = 16;  // below 16: rows of codes, Storage is a byte
+  int64_t latent_bits = 16, rope_bits = 16;  // others than 16: rows of codes, Storage is a byte
 };
 
 // The rows of the tile that comes next, to be asked for while this one is worked on.
@@ -33,7 +33,7 @@ XECO_INLINE NextTile next_tile(const TileRows<Storage>& rows, int64_t rank, int6
   if (rows.tokens == 0) return {};
   constexpr int64_t kBytes = sizeof(Storage);
   const auto ahead = [](const Storage* first, int64_t stride, int64_t width, int64_t bits) {
-    const int64_t bytes = bits < 16 ? code_row_bytes(width, bits) : width * kBytes;
+    const int64_t bytes = bits != 16 ? code_row_bytes(width, bits) : width * kBytes;
     return Ahead{reinterpret_cast<const char*>(first), stride * kBytes, (bytes + 63) / 64};
   };
   return {ahead(rows.latent, rows.latent_stride, rank, rows.latent_bits),

@@ -151,6 +151,11 @@ static void code_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t 
 
 // The codes of a row as bytes, `width` of them. Whole vectors are written: zeros follow the last code.
 static void spread_codes(const uint8_t* row, int64_t width, int64_t bits, uint8_t* to) {
+  if (lies_in_planes(bits)) {
+    bytes_of_planes(row, bits, to);
+    for (int64_t i = width; i < round_up(width, 64); ++i) to[i] = 0;
+    return;
+  }
   const int64_t bytes = width * bits / 8;
   const __m512i low_half = _mm512_set1_epi8(15);
   const auto load = [&](int64_t i) {

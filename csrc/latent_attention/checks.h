@@ -20,8 +20,18 @@ struct CacheBits {
 
 inline void check_codes(const char* op, const char* name, const Tensor& rows, const char* bits_name, int64_t bits,
                         int64_t width, int64_t outer, int64_t tokens) {
-  require(bits == 8 || bits == 4, op, ": ", bits_name, ": expected 8 or 4, got ", bits);
-  require(width * bits % 8 == 0, op, ": ", name, ": a row in 4 bits needs an even width, got ", width);
+  bool known = bits == 8 || bits == 4;
+  if (lies_in_planes(bits)) {
+    known = bits >> 7 * kMostPlanes == 0 && plane_bytes(bits, 1) > 0;
+    for (int plane = 1; plane < kMostPlanes; ++plane)
+      known = known && plane_bytes(bits, plane) <= plane_bytes(bits, plane - 1);
+    require(plane_bytes(bits, 0) * 8 == width, op, ": ", bits_name,
+            ": the first bit plane reaches every number, got ", plane_bytes(bits, 0) * 8, " of ", width);
+  }
+  require(known, op, ": ", bits_name, ": expected 8 or 4, or what 2 to ", kMostPlanes,
+          " bit planes reach, one no further than the one before, got layout ", bits);
+  require(lies_in_planes(bits) || width * bits % 8 == 0, op, ": ", name,
+          ": a row in 4 bits needs an even width, got ", width);
   check_tensor(op, name, rows, {outer, tokens, code_row_bytes(width, bits)});
   check_dtype(op, name, rows, ScalarType::Byte, "uint8");
 }
@@ -36,7 +46,7 @@ inline AttentionShape check_inputs(const char* op, const Inputs& in, bool paged,
   check_tensor(op, "q_rope", in.q_rope, {shape.batch, shape.num_queries, shape.num_heads, -1});
   shape.rope = in.q_rope.size(3);
   check_same_dtype(op, "q_rope", in.q_rope, "q_latent", in.q_latent);
-  if (bits.latent < 16) {
+  if (bits.latent != 16) {
     check_tensor(op, "c_kv", in.c_kv, {shape.batch, -1, -1});
     check_codes(op, "c_kv", in.c_kv, "latent_bits", bits.latent, shape.rank, shape.batch, -1);
     check_codes(op, "k_rope", in.k_rope, "rope_bits", bits.rope, shape.rope, shape.batch, in.c_kv.size(1));

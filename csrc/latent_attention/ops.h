@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> latent_attention_packed(Tensor q_latent, Tensor q_rop
   const Inputs in{q_latent, q_rope, c_kv, k_rope};
   ForwardParams params;
   const RangeInputs ranges{starts, ends, query_positions};
-  require(latent_bits < 16 && rope_bits < 16, op, ": latent_bits and rope_bits: expected 8 or 4, got ", latent_bits,
+  require(latent_bits != 16 && rope_bits != 16, op, ": latent_bits and rope_bits: expected 8 or 4, got ", latent_bits,
           " and ", rope_bits);
   params.shape = check_attention<Backend>(op, in, ranges, softmax_scale, causal, window, softcap,
                                           CacheBits{latent_bits, rope_bits});

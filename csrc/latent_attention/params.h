@@ -41,13 +41,12 @@ struct AttentionShape {
   const int32_t* block_table = nullptr;  // [B, max_pages], or null: contiguous
   int64_t block_table_stride = 0, page_size = 0;
   int64_t num_pages = 0;  // pages that exist
-  // Cached numbers: 16 stands for the dtype, 8 and 4 for codes with a scale for each row
-  // (xeco_convert/ops/packed_rows.py)
+  // Cached numbers: 16 stands for the dtype, anything else for codes with a scale for each row (xeco/views.h)
   int64_t latent_bits = 16, rope_bits = 16;
   bool queries_end_at_ends = false;  // without query_positions: the last one stands at ends[b] - 1
 };
 
-constexpr bool is_packed(const AttentionShape& shape) { return shape.latent_bits < 16; }
+constexpr bool is_packed(const AttentionShape& shape) { return shape.latent_bits != 16; }
 
 struct ForwardParams {
   AttentionShape shape;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,8 @@ from calibrated_layers import calibrated, context_of, gaussian_inputs
 from xeco_convert.factorize import MlaAttention
 from xeco_convert.factorize.attention import mla_compressed, mla_output
 from xeco_convert.factorize.balance import balance_for_storage, balance_scales
-from xeco_convert.factorize.spread import spreading_map, with_codes
+from xeco_convert.factorize.spread import allotted_planes, spreading_map, with_codes
+from xeco_convert.ops.packed_rows import as_cached, classes_of
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 16, 88, 512])
@@ -32,6 +34,55 @@ def test_turning_changes_no_output(bias: str, latent_norm: bool) -> None:
     turned = dataclasses.replace(with_codes(mla, 4, 4, 8), latent_bits=16, rope_bits=16)
     assert not torch.allclose(turned.kv_b_weight, mla.kv_b_weight)
     torch.testing.assert_close(mla_output(turned, 4, x, context), mla_output(mla, 4, x, context), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", ["", "qkvo"])
+def test_turning_runs_of_as_many_bits_changes_no_output(bias: str) -> None:
+    source, x = random_attention(4, 2, bias=bias), gaussian_inputs()
+    context = context_of(source)
+    layer = calibrated(source, x, context)
+    mla = layer.factors(16, 8)
+    turned = with_codes(mla, 4, 3, 6, layer.energies(16, 8))
+    assert isinstance(turned.latent_bits, tuple) and sum(turned.latent_bits) == 3 * 16 and turned.rope_bits == 6
+    plain = dataclasses.replace(turned, latent_bits=16, rope_bits=16)
+    torch.testing.assert_close(mla_output(plain, 4, x, context), mla_output(mla, 4, x, context), rtol=1e-9, atol=1e-9)
+
+
+def lost_of_normal_rows(energies: torch.Tensor, planes: tuple[int, ...]) -> float:
+    """What rows with these energies lose in these planes, scaled and turned as `with_codes` does it."""
+    rows = torch.randn(500, len(energies), generator=torch.Generator().manual_seed(0)).double() * energies.sqrt()
+    lost = 0.0
+    for bits, first, end in classes_of(planes):
+        scales = energies[first:end] ** -0.25
+        turn = spreading_map(end - first)
+        turned = (rows[:, first:end] * scales) @ turn.T
+        found = as_cached(turned, (end - first,) * bits) @ turn / scales
+        lost += float((found - rows[:, first:end]).square().sum())
+    return lost / 500
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("falls", [0.0, 1.0, 2.0])
+def test_bits_are_shared_out_as_their_errors_say(bits: int, falls: float) -> None:
+    """No worse than all alike, and than what moves a byte from one plane to another."""
+    energies = torch.arange(1, 97).double() ** -falls
+    planes = allotted_planes(energies, bits)
+    assert sum(planes) == bits * 96 and all(reached % 8 == 0 for reached in planes)
+    assert list(planes) == sorted(planes, reverse=True) and planes[0] == planes[1] == 96
+    best = lost_of_normal_rows(energies, planes)
+    assert best <= lost_of_normal_rows(energies, (96,) * bits) * 1.01
+    if falls == 0:
+        assert planes == (96,) * bits
+    if falls == 2:
+        assert best < 0.5 * lost_of_normal_rows(energies, (96,) * bits)
+    padded = [*planes, *(0,) * (7 - len(planes))]
+    for source, target in itertools.permutations(range(2, 7), 2):
+        moved = list(padded)
+        moved[source] -= 8
+        moved[target] += 8
+        if min(moved) >= 0 and moved == sorted(moved, reverse=True):
+            # runs of few numbers lose less than the formula says: their largest sets the scale
+            assert best <= lost_of_normal_rows(energies, tuple(x for x in moved if x)) * 1.15
 
 
 def test_sixteen_bits_leave_a_layer_as_it_is() -> None:

@@ -46,6 +46,5 @@ def inspect_command(folder: Path, as_json: bool) -> None:
 def _row(row: dict[str, Any]) -> list[Any]:
     widths = [row.get(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim", "q_lora_rank")]
     first = row.get("kv_lora_rank") or "kept"
-    bits = f"{row['latent_bits']} + {row['rope_bits']}" if "latent_bits" in row else None
-    cached = [row["kv_numbers_after"], bits]
+    cached = [row["kv_numbers_after"], row.get("bits")]
     return [row["layer"], first, *widths, *cached, row.get("key_error"), row.get("value_error")]

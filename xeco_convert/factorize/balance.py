@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert.factorize.layer_weights import MlaAttention
+from xeco_convert.modeling.layer_xeco import Bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def _balance(own: Tensor, facing: Tensor) -> Tensor:
     return torch.where(usable, facing / torch.where(usable, own, 1.0), 1.0).sqrt()
 
 
-def _alike(factors: Tensor, bits: int) -> Tensor:
+def _alike(factors: Tensor, bits: Bits) -> Tensor:
     """Their geometric mean for all where rows are cached in codes: those share one scale, and are as large as they count."""
     return factors if bits == 16 or factors.numel() == 0 else factors.log().mean().exp().expand_as(factors)
 

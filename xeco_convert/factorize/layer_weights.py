@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xeco_convert.errors import CheckpointError
-from xeco_convert.modeling.layer_xeco import FIELDS, MlaShape
+from xeco_convert.modeling.layer_xeco import FIELDS, Bits, MlaShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class MlaAttention:
     v_weight: Tensor | None = None
     v_bias: Tensor | None = None
     rope_index: tuple[int, ...] | None = None
-    latent_bits: int = 16
-    rope_bits: int = 16
+    latent_bits: Bits = 16
+    rope_bits: Bits = 16
 
     @property
     def qk_rope_head_dim(self) -> int:

@@ -10,20 +10,32 @@ spread like those of a normal distribution, and no token's large number takes th
 this in QuaRot (arXiv 2404.00456); this one serves ranks that are no power of two. Rotary pairs cannot be mixed: they turn at
 different frequencies.
 
+A latent in bit planes has runs of numbers with as many bits, the strongest numbers first, each run turned by itself: n numbers of
+b bits cost K_b (Σ √E_i)² / n, with K_b what b bits lose of a normal distribution. The shares of bits that cost least are those of
+reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3), in whole bits and whole bytes here.
+
 Letters: R kv_lora_rank, P qk_rope_head_dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from xeco_convert.factorize.balance import balance_scales, with_row_scales
 from xeco_convert.factorize.layer_weights import MlaAttention
+from xeco_convert.modeling.layer_xeco import Bits
+from xeco_convert.ops.packed_rows import CLIP, MOST_PLANES, classes_of
 
 _LEAST_SHARE = 1e-6  # of the mean energy
+_LEAST_PLANES = 2  # one bit loses a third of a number
+# K_b: mean squared error of a normal number in b bits, cut off at CLIP
+_LOST = {2: 0.119, 3: 0.0384, 4: 0.0122, 5: 0.0036, 6: 0.00106, 7: 0.00031}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,36 +55,89 @@ def spreading_map(rank: int, seed: int = 0) -> Tensor:
     return turn
 
 
+def allotted_planes(energies: Tensor, bits: int) -> tuple[int, ...]:
+    """How many of the rows with these energies [n], strongest first, each bit plane reaches, at `bits` for each on average.
+
+    Bits are given a byte at a time to the plane where they save most, then moved as long as that saves something; all rows get
+    the same where that is no worse. n is a multiple of 8, `bits` from 2 to 7.
+    """
+    num_rows = energies.numel()
+    least = _LEAST_SHARE * float(energies.mean())
+    roots = [0.0, *energies.clamp_min(least).sqrt().cumsum(0).tolist()]
+
+    def cost(planes: tuple[int, ...]) -> float:
+        runs = classes_of(planes)
+        return math.fsum(_LOST[run] * (roots[end] - roots[first]) ** 2 / (end - first) for run, first, end in runs)
+
+    planes = (num_rows,) * _LEAST_PLANES
+    for _ in range(num_rows * (bits - _LEAST_PLANES) // 8):
+        planes = min(_changed(planes, more=1), key=cost)
+    while True:
+        best = min(_changed(planes, more=1, less=1), key=cost, default=planes)
+        if cost(best) >= cost(planes):
+            return min((num_rows,) * bits, planes, key=cost)
+        planes = best
+
+
+def _changed(planes: tuple[int, ...], more: int, less: int = 0) -> Iterator[tuple[int, ...]]:
+    """All planes of which `more` reach a byte more, and `less` others a byte less."""
+    padded = (*planes, *(0,) * (MOST_PLANES - len(planes)))
+    for places in itertools.permutations(range(_LEAST_PLANES, MOST_PLANES), more + less):
+        changed = list(padded)
+        for number, place in enumerate(places):
+            changed[place] += 8 if number < more else -8
+        if min(changed) >= 0 and changed == sorted(changed, reverse=True):
+            yield tuple(reached for reached in changed if reached)
+
+
 def with_codes(
-    mla: MlaAttention, num_heads: int, latent_bits: int, rope_bits: int, energies: RowEnergies | None = None
+    mla: MlaAttention, num_heads: int, latent_bits: Bits, rope_bits: Bits, energies: RowEnergies | None = None
 ) -> MlaAttention:
     """The layer as it is cached in codes of so many bits, rows scaled and the latent turned; as it is at 16 bits.
 
-    `energies` of a layer in output units; without them what faces a row stands for w, and its own weights for E. Weights keep
-    their dtype. A latent norm keeps what it computes: its latent is turned, not scaled, which takes a weight that is the same
-    for all rows: raises `ValueError` otherwise.
+    `energies` of a layer in output units; without them what faces a row stands for w, and its own weights for E, and all rows
+    get the same bits. Latents that lie in bit planes get those that `allotted_planes` finds. Weights keep their dtype. A latent
+    norm keeps what it computes: its latent is turned, not scaled, which takes a weight that is the same for all rows: raises
+    `ValueError` otherwise.
     """
     if latent_bits == 16:
         return dataclasses.replace(mla, rope_bits=rope_bits)
     rank, weight = mla.kv_b_weight.shape[1], mla.latent_norm_weight
     if weight is not None and not torch.equal(weight, weight[:1].expand_as(weight)):
         raise ValueError("a latent cannot be turned before a norm whose weight differs between its rows")
-    mla = balance_scales(mla, num_heads) if energies is None else _scaled(mla, num_heads, energies)
-    turn = spreading_map(rank).to(mla.kv_b_weight.device)
-    bias = None if mla.kv_a_bias is None else _turned(turn, mla.kv_a_bias[:, None], rank)[:, 0]
+    bits: Bits = latent_bits
+    if energies is None:
+        mla = balance_scales(mla, num_heads)
+    else:
+        if latent_bits in (6, 3) and weight is None:  # behind a norm the basis has no order of strength
+            bits = allotted_planes(energies.latent, int(latent_bits))  # type: ignore[arg-type]
+        mla = _scaled(mla, num_heads, energies, bits)
+    turn = _turn_of(bits, rank).to(mla.kv_b_weight.device)
+    kv_a_bias = None if mla.kv_a_bias is None else _turned(turn, mla.kv_a_bias[:, None], rank)[:, 0]
     return dataclasses.replace(
         mla,
         kv_a_weight=_turned(turn, mla.kv_a_weight, rank),
-        kv_a_bias=bias,
+        kv_a_bias=kv_a_bias,
         kv_b_weight=(mla.kv_b_weight.double() @ turn.T).to(mla.kv_b_weight.dtype),
-        latent_bits=latent_bits,
+        latent_bits=bits,
         rope_bits=rope_bits,
     )
 
 
-def _scaled(mla: MlaAttention, num_heads: int, energies: RowEnergies) -> MlaAttention:
-    """Rows multiplied by E^(-1/4)."""
+def _turn_of(bits: Bits, rank: int) -> Tensor:
+    """The turn of a latent [R, R], float64: numbers of as many bits by themselves."""
+    runs = classes_of(bits) if isinstance(bits, tuple) else [(bits, 0, rank)]
+    turns: Tensor = torch.block_diag(*(spreading_map(end - first) for _, first, end in runs))
+    return turns
+
+
+def _scaled(mla: MlaAttention, num_heads: int, energies: RowEnergies, latent_bits: Bits) -> MlaAttention:
+    """Rows multiplied by E^(-1/4), and runs of as many bits by what lets one scale serve all of them."""
     latent, pairs = (_fourth_root(each).to(mla.kv_b_weight) for each in (energies.latent, energies.pairs))
+    if isinstance(latent_bits, tuple):
+        for bits, first, end in classes_of(latent_bits):
+            rms = (latent[first:end].square() * energies.latent[first:end].to(latent)).mean().sqrt()
+            latent[first:end] *= (1 - 2.0**-bits) / CLIP[bits] / rms.clamp_min(1e-30)
     if mla.latent_norm_weight is not None:
         latent = torch.ones_like(latent)
     return with_row_scales(mla, num_heads, latent, pairs)

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from .arguments_xeco import cache_among
 from .configuration_xeco import norm_eps
-from .layer_xeco import MlaLayer, MlaShape
+from .layer_xeco import Bits, MlaLayer, MlaShape
 
 fused: Any
 try:
@@ -54,7 +54,7 @@ class LatentSelfAttention(nn.Module):
     """Multi-head latent attention in place of a source layer's attention, with the same call and the stock cache.
 
     Caches the latent [B, 1, T, R] as keys and the rotated shared key [B, 1, T, P] as values, and nothing else; where the layer
-    says so in codes of 8 or 4 bits with a scale for each token, [B, 1, T, bytes] of uint8 (ops/packed_rows.py). Queries
+    says so in codes of few bits with a scale for each token, [B, 1, T, bytes] of uint8 (ops/packed_rows.py). Queries
     attend to the latents themselves, in compiled kernels where these serve, or the latents are expanded to keys and values
     where that is less work: ops/choice.py decides for each call, XECO_ATTENTION=reference|fused|sdpa decides for it, and
     `explain_choice` says why. All give the same result up to rounding.
@@ -248,8 +248,9 @@ class LatentSelfAttention(nn.Module):
             ranges, obstacle = _ranges(mask, c_kv.shape[1])
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
         implementation = choose(call, requested).implementation
+        bits = (self.latent_bits, self.rope_bits)
         reads_codes = c_kv.dtype == k_rope.dtype == torch.uint8 and self.qk_rope_head_dim > 0
-        reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type, requested)
+        reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type, requested, bits)
         reads_codes = reads_codes and not needs_gradients
         if self.is_packed and not reads_codes:
             c_kv, k_rope = self._widened(c_kv, k_rope, q_nope.dtype)
@@ -273,7 +274,7 @@ class LatentSelfAttention(nn.Module):
                 softcap=self.logit_softcap,
                 dtype=dtype,
                 ranges=ranges,
-                bits=(self.latent_bits, self.rope_bits) if reads_codes else None,
+                bits=bits if reads_codes else None,
             )
         else:
             out_BQHR = absorbed_attention(
@@ -393,12 +394,12 @@ class LatentSelfAttention(nn.Module):
         return out[..., : self.v_head_dim].transpose(1, 2)
 
 
-def _packed(rows: Tensor, bits: int) -> Tensor:
+def _packed(rows: Tensor, bits: Bits) -> Tensor:
     """Rows as the cache holds them."""
     return rows if bits == 16 else pack_rows(rows, bits)
 
 
-def _unpacked(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _unpacked(rows: Tensor, bits: Bits, dtype: torch.dtype) -> Tensor:
     """Rows of the cache as attention reads them."""
     return unpack_rows(rows, bits, dtype) if rows.dtype == torch.uint8 else rows
 

@@ -14,9 +14,12 @@ from typing import Any
 
 _WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _BIASES = ("q", "k", "v", "kv_a", "kv_b", "o")
-CACHE_BITS = (16, 8, 4)  # of a cached number; 16 stands for the numbers themselves, in the model's dtype
+CACHE_BITS = (16, 8, 6, 4, 3)  # of a cached number; 16 stands for the numbers themselves, in the model's dtype
+# Bits of each number, or how many numbers each bit plane reaches (ops/packed_rows.py): several numbers of bits in a row.
+Bits = int | tuple[int, ...]
 _BITS = ("latent_bits", "rope_bits")
-_SCALE_BYTES = 2  # the scale of a row in 8 or 4 bits
+_MOST_PLANES = 7
+_SCALE_BYTES = 2  # the scale of a row in fewer bits than 16
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -25,6 +28,14 @@ def _whole(value: Any, least: int) -> bool:
 
 def _list_of(value: Any, allowed: Callable[[Any], bool]) -> bool:
     return isinstance(value, list | tuple) and all(allowed(item) for item in value)
+
+
+def _are_bits(value: Any) -> bool:
+    """A number of bits, or widths of bit planes that a row can have."""
+    if not isinstance(value, list | tuple):
+        return type(value) is int and value in CACHE_BITS
+    whole = all(_whole(reached, 8) and reached % 8 == 0 for reached in value)
+    return whole and 2 <= len(value) <= _MOST_PLANES and list(value) == sorted(value, reverse=True)
 
 
 # What each field of an entry may be, before it is computed with.
@@ -40,8 +51,8 @@ _ENTRY_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "q_norm": lambda value: value in (None, "head", "all"),
     "k_norm": lambda value: value in (None, "head", "all"),
     "logit_softcap": lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
-    "latent_bits": lambda value: type(value) is int and value in CACHE_BITS,
-    "rope_bits": lambda value: type(value) is int and value in CACHE_BITS,
+    "latent_bits": _are_bits,
+    "rope_bits": _are_bits,
 }
 
 
@@ -50,11 +61,22 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def row_bytes(width: int, bits: int, number_bytes: int) -> int:
+def row_bytes(width: int, bits: Bits, number_bytes: int) -> int:
     """Bytes of a cached row of `width` numbers: at 16 bits numbers of `number_bytes`, else codes and their scale."""
     if width == 0 or bits == 16:
         return width * number_bytes
-    return width * bits // 8 + _SCALE_BYTES
+    return (sum(bits) if isinstance(bits, tuple) else width * bits) // 8 + _SCALE_BYTES
+
+
+def row_multiple(bits: Bits) -> int:
+    """What the width of a row in so many bits is a multiple of: bit planes are whole bytes, 4 bits half a byte."""
+    return {16: 1, 8: 1, 4: 2}.get(bits, 8) if isinstance(bits, int) else 8
+
+
+def average_bits(bits: Bits) -> int | float:
+    """Bits of a number of the row."""
+    average = bits if isinstance(bits, int) else sum(bits) / bits[0]
+    return int(average) if average == int(average) else average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +90,8 @@ class MlaLayer:
     rows, and qk_nope_head_dim is the source's head_dim. `k_norm` is the same of the keys: the source's k_proj, k_norm and
     v_proj stay (`biases` may name k and v), and kv_a_proj_with_mqa reads normalised keys and values of all groups in place of
     the layer's input; the source's head_dim is v_head_dim then. `logit_softcap` bounds the scores: cap · tanh(score / cap).
-    `latent_bits` and `rope_bits`: how latent and rotary key are cached, 16 for the numbers themselves, 8 or 4 for codes with a
-    scale for each token.
+    `latent_bits` and `rope_bits`: how latent and rotary key are cached, 16 for the numbers themselves, 8, 6, 4 or 3 for codes
+    with a scale for each token, widths of bit planes where the first numbers have more bits than the last.
     """
 
     kv_lora_rank: int
@@ -83,8 +105,8 @@ class MlaLayer:
     q_norm: str | None = None
     k_norm: str | None = None
     logit_softcap: float | None = None
-    latent_bits: int = 16
-    rope_bits: int = 16
+    latent_bits: Bits = 16
+    rope_bits: Bits = 16
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MlaLayer:
@@ -100,12 +122,12 @@ class MlaLayer:
                     "widths must be positive and qk_rope_head_dim even" if name in _WIDTHS else "no such value can be"
                 )
                 raise ValueError(f"mla_layers: {rule}, found {name} = {_shown(data.get(name))}")
-        index = data.get("rope_index")
-        layer = MlaLayer(
-            **{**data, "rope_index": None if index is None else tuple(index), "biases": tuple(data.get("biases", ()))}
-        )
-        if layer.latent_bits == 4 and layer.kv_lora_rank % 2:
-            raise ValueError(f"mla_layers: a latent in 4 bits needs an even kv_lora_rank, found {layer.kv_lora_rank}")
+        # JSON's lists
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        layer = MlaLayer(**values)
+        obstacle = layer.bits_obstacle
+        if obstacle is not None:
+            raise ValueError(f"mla_layers: {obstacle}")
         if layer.rope_index is not None and len(layer.rope_index) != layer.qk_rope_head_dim // 2:
             raise ValueError(
                 f"mla_layers: expected {layer.qk_rope_head_dim // 2} rope_index entries, found {len(layer.rope_index)}"
@@ -115,8 +137,7 @@ class MlaLayer:
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json: plain JSON types."""
         entry = self._widths()
-        entry["rope_index"] = None if self.rope_index is None else list(self.rope_index)
-        entry["biases"] = list(self.biases)
+        entry = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
         # older releases know no bits: they read what they can, and refuse the rest
         return {name: value for name, value in entry.items() if name not in _BITS or value != 16}
 
@@ -145,7 +166,27 @@ class MlaLayer:
     @property
     def is_packed(self) -> bool:
         """Whether latent or rotary key are cached in codes."""
-        return self.latent_bits < 16 or self.rope_bits < 16
+        return self.latent_bits != 16 or self.rope_bits != 16
+
+    @property
+    def bits_in_words(self) -> str:
+        """Average bits of the latent's numbers and of the rotary key's, such as 4 + 8."""
+        return f"{average_bits(self.latent_bits):g} + {average_bits(self.rope_bits):g}"
+
+    @property
+    def bits_obstacle(self) -> str | None:
+        """Why rows of these widths cannot be cached in these bits, in words."""
+        rows = (
+            ("kv_lora_rank", self.kv_lora_rank, self.latent_bits),
+            ("qk_rope_head_dim", self.qk_rope_head_dim, self.rope_bits),
+        )
+        for name, width, bits in rows:
+            multiple = row_multiple(bits)
+            if width % multiple:
+                return f"a row in {average_bits(bits):g} bits takes a multiple of {multiple} numbers, found {name} = {width}"
+            if isinstance(bits, tuple) and bits[0] != width:
+                return f"the first bit plane of a row reaches all its numbers, found {bits[0]} of {name} = {width}"
+        return None
 
     def cache_bytes(self, number_bytes: int) -> int:
         """Bytes cached per token, scales included; `number_bytes` is the size of a number of the model."""

@@ -1,4 +1,4 @@
-"""The op xeco::latent_attention_packed: `latent_attention` over a cache in 8 or 4 bits, which is read as it lies.
+"""The op xeco::latent_attention_packed: `latent_attention` over a cache in few bits, which is read as it lies.
 
 Schema, reference and fake; the kernels are in csrc/latent_attention/. There is no gradient: training rounds what it caches, and
 attends to that (`packed_rows.as_cached`).
@@ -22,9 +22,12 @@ from xeco_convert.ops._latent_attention import (
 )
 from xeco_convert.ops.checks import check_float, check_tensor, check_widths, run_checked
 from xeco_convert.ops.extension import first_loaded_for, runs_in_reference
-from xeco_convert.ops.packed_rows import SCALE_BYTES, unpack_rows
+from xeco_convert.ops.packed_rows import MOST_PLANES, SCALE_BYTES, Bits, layout_number, planes_of, unpack_rows
 
 _OP = "latent_attention_packed"
+_EXPECTED_BITS = (
+    f"expected 8, 6, 4 or 3, or what 2 to {MOST_PLANES} bit planes reach, one no further than the one before"
+)
 _LIBRARY = torch.library.Library("xeco", "FRAGMENT")
 _LIBRARY.define(
     "latent_attention_packed(Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor? starts, Tensor? ends, "
@@ -34,11 +37,19 @@ _LIBRARY.define(
 )
 
 
-class _Bits(NamedTuple):
-    """The schema's last arguments."""
+class _Layouts(NamedTuple):
+    """The schema's last arguments: `packed_rows.layout_number` of the latents and of the rotary keys. A list of planes would be
+    plainer; extensions of torch's stable interface take none from every release that this package runs on."""
 
     latent: int
     rope: int
+
+
+def _bits_of(layout: int) -> Bits:
+    """The inverse of `packed_rows.layout_number`."""
+    if layout < 1 << 7:
+        return layout
+    return tuple((layout >> 7 * plane & 127) * 8 for plane in range((layout.bit_length() + 6) // 7))
 
 
 def latent_attention_packed(
@@ -47,8 +58,8 @@ def latent_attention_packed(
     c_kv: Tensor,
     k_rope: Tensor,
     *,
-    latent_bits: int,
-    rope_bits: int,
+    latent_bits: Bits,
+    rope_bits: Bits,
     softmax_scale: float,
     causal: bool = True,
     starts: Tensor | None = None,
@@ -59,8 +70,9 @@ def latent_attention_packed(
 ) -> tuple[Tensor, Tensor]:
     """`latent_attention` where c_kv and k_rope are rows of codes, as `packed_rows.pack_rows` makes them.
 
-    c_kv uint8 [B, T, R · latent_bits / 8 + 2] and k_rope uint8 [B, T, P · rope_bits / 8 + 2], bits 8 or 4 each, R and P even at
-    4; any strides, the last dimension dense. Rows of the cache stay codes: the kernels widen a tile of tokens at a time, or
+    c_kv uint8 [B, T, R · latent_bits / 8 + 2] and k_rope uint8 [B, T, P · rope_bits / 8 + 2], bits 8 or 4 each, or on a CPU bit
+    planes (6, 3, or how many numbers each of two to seven planes reaches); R and P even at 4 bits, multiples of 8 in planes;
+    any strides, the last dimension dense. Rows of the cache stay codes: the kernels widen a tile of tokens at a time, or
     multiply bytes where the processor can (AVX-512 VNNI), which rounds queries and softmax weights to 15 bits of their largest
     number (relative error 3e-5). On a GPU codes are exact in the dtype of the queries, and scales stay float32. Everything else
     as in `latent_attention`, without gradients; raises `ValueError` where one would be needed.
@@ -68,7 +80,8 @@ def latent_attention_packed(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_latent, q_rope)):
         raise ValueError(f"{_OP}: has no gradient: expected torch.no_grad() or detached inputs")
     rule = Rule(starts, ends, query_positions, float(softmax_scale), causal, window or 0, float(softcap or 0.0))
-    arguments = (q_latent, q_rope, c_kv, k_rope, *rule, latent_bits, rope_bits)
+    layouts = (_layout("latent_bits", latent_bits, q_latent), _layout("rope_bits", rope_bits, q_rope))
+    arguments = (q_latent, q_rope, c_kv, k_rope, *rule, *layouts)
     if runs_in_reference(q_latent):
         _check(*arguments)
         return latent_attention_packed_reference(*arguments)
@@ -79,32 +92,48 @@ def latent_attention_packed_reference(
     q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     """The op written from the formula: rows widened, then the reference of `latent_attention`, in float32 or better."""
-    bits, wide = _Bits(*settings[-2:]), torch.promote_types(q_latent.dtype, torch.float32)
-    rows = (unpack_rows(c_kv, bits.latent, wide), unpack_rows(k_rope, bits.rope, wide))
+    layouts, wide = _Layouts(*settings[-2:]), torch.promote_types(q_latent.dtype, torch.float32)
+    rows = (unpack_rows(c_kv, _bits_of(layouts.latent), wide), unpack_rows(k_rope, _bits_of(layouts.rope), wide))
     return latent_attention_reference(q_latent, q_rope, *rows, *settings[:-2])
 
 
 def _check(q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, *settings: Any) -> None:
-    bits = _Bits(*settings[-2:])
+    layouts = _Layouts(*settings[-2:])
     check_tensor(_OP, "q_latent", q_latent, "[B, Q, H, R]", (None,) * 4)
     batch, num_queries, num_heads, rank = q_latent.shape
     check_tensor(_OP, "q_rope", q_rope, "[B, Q, H, P]", (batch, num_queries, num_heads, None), q_latent)
     check_float(_OP, "q_latent", q_latent)
     check_widths(_OP, rank, q_rope.shape[3])
-    _check_rows("c_kv", c_kv, "latent_bits", bits.latent, rank, (batch, None), q_latent)
-    _check_rows("k_rope", k_rope, "rope_bits", bits.rope, q_rope.shape[3], (batch, c_kv.shape[1]), q_latent)
+    _check_rows("c_kv", c_kv, "latent_bits", layouts.latent, rank, (batch, None), q_latent)
+    _check_rows("k_rope", k_rope, "rope_bits", layouts.rope, q_rope.shape[3], (batch, c_kv.shape[1]), q_latent)
     check_settings(_OP, q_latent, Rule(*settings[:-2]))
 
 
+def _layout(name: str, bits: Bits, queries: Tensor) -> int:
+    """The layout's number; raises `ValueError` for bits that it cannot say, before they are those of other bits."""
+    ends = isinstance(bits, tuple) and all(reached % 8 == 0 and 0 < reached < 1024 for reached in bits)
+    if bits not in (8, 6, 4, 3) and not (ends and 2 <= len(bits) <= MOST_PLANES):  # type: ignore[arg-type]
+        raise ValueError(f"{_OP}: {name}: {_EXPECTED_BITS}, got {bits}")
+    width = queries.shape[-1]
+    if bits in (6, 3) and width % 8:
+        raise ValueError(f"{_OP}: {name}: bit planes need a width that is a multiple of 8, got {width}")
+    return layout_number(bits, width)
+
+
 def _check_rows(
-    name: str, rows: Tensor, bits_name: str, bits: int, width: int, outer: tuple[int, int | None], like: Tensor
+    name: str, rows: Tensor, bits_name: str, layout: int, width: int, outer: tuple[int, int | None], like: Tensor
 ) -> None:
     """uint8 [B, T, bytes] on the device of `like`."""
-    if bits not in (8, 4):
-        raise ValueError(f"{_OP}: {bits_name}: expected 8 or 4, got {bits}")
-    if width * bits % 8:
+    bits = _bits_of(layout)
+    planes = planes_of(bits, width)
+    descending = isinstance(bits, tuple) and bits == tuple(sorted(bits, reverse=True)) and min(bits) > 0
+    if bits not in (8, 4) and not (descending and 2 <= len(planes) <= MOST_PLANES):
+        raise ValueError(f"{_OP}: {bits_name}: {_EXPECTED_BITS}, got {bits}")
+    if planes[0] != width:
+        raise ValueError(f"{_OP}: {bits_name}: the first bit plane reaches every number, got {planes[0]} of {width}")
+    if sum(planes) % 8:
         raise ValueError(f"{_OP}: {name}: a row in 4 bits needs an even width, got {width}")
-    check_tensor(_OP, name, rows, "[B, T, bytes]", (*outer, width * bits // 8 + SCALE_BYTES))
+    check_tensor(_OP, name, rows, "[B, T, bytes]", (*outer, sum(planes) // 8 + SCALE_BYTES))
     if rows.dtype != torch.uint8 or rows.device != like.device:
         raise ValueError(f"{_OP}: {name}: expected uint8 on {like.device}, got {rows.dtype} on {rows.device}")
 

@@ -12,6 +12,7 @@ from xeco_convert.ops._latent_attention_decode import latent_attention_decode
 from xeco_convert.ops._latent_attention_packed import latent_attention_packed
 from xeco_convert.ops.extension import kernel_obstacle
 from xeco_convert.ops.mask_ranges import Ranges, ranges_of
+from xeco_convert.ops.packed_rows import Bits
 
 __all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "reads_codes", "unasked_obstacle"]
 
@@ -25,11 +26,14 @@ def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     return obstacle
 
 
-def reads_codes(device_type: str, requested: str | None) -> bool:
-    """Whether the kernels of a device read rows of codes as they lie, where XECO_ATTENTION names `requested`; elsewhere rows are
-    widened first."""
-    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
-    return device_type == "cpu" or (device_type == "cuda" and requested == "fused")
+def reads_codes(device_type: str, requested: str | None, bits: tuple[Bits, Bits]) -> bool:
+    """Whether the kernels of a device read rows in these bits as they lie, where XECO_ATTENTION names `requested`; elsewhere rows
+    are widened first."""
+    if device_type != "cuda":
+        return device_type == "cpu"
+    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing. Bit planes are
+    # read by the CPU's kernels alone.
+    return requested == "fused" and all(each in (8, 4) for each in bits)
 
 
 def fused_attention(
@@ -42,7 +46,7 @@ def fused_attention(
     dtype: torch.dtype,
     softcap: float | None = None,
     ranges: Ranges | None = None,
-    bits: tuple[int, int] | None = None,
+    bits: tuple[Bits, Bits] | None = None,
 ) -> Tensor:
     """`latent_attention` of the model: q_latent [B, Q, H, R], q_rope [B, Q, H, P], c_kv [B, T, R], k_rope [B, T, P] -> out.
 

@@ -1,60 +1,140 @@
-"""Rows of a cache in 8 or 4 bits: how a latent or a rotary key becomes bytes, once for each token, and comes back.
+"""Rows of a cache in few bits: how a latent or a rotary key becomes bytes, once for each token, and comes back.
 
-A row x [..., n] becomes n codes of b bits and one scale s: code = round(x / s + z), x ≈ s · (code − z), z = (2^b − 1) / 2. So
-zero lies between two codes, and all 2^b of them are used. The rows are expected to have been rotated (conversion folds that into
-the weights), after which their numbers are spread like those of a normal distribution: one scale serves a whole row, and no
-offset pays. s is the row's largest number / z, but where 4 bits would spend their codes on rare large numbers, CLIP times its rms
-/ z, which loses least squared error on such rows.
+A row x [..., n] becomes n codes and one scale s. The rows are expected to have been rotated (conversion folds that into the
+weights), after which their numbers are spread like those of a normal distribution: one scale serves a whole row, and no
+offset pays. Where few bits would spend their codes on rare large numbers, the scale follows CLIP times the row's rms, which
+loses least squared error on such rows. Three layouts, each with the scale as bfloat16 behind it, low byte first:
 
-Bytes of a row, uint8 [..., bytes]: with 8 bits one byte for each code, with 4 bits byte i holds code i in its low half
-and code i + n / 2 in its high half; then the scale as bfloat16, low byte first.
+- 8 bits: x ≈ s · (code − 127.5), a byte for each code.
+- 4 bits: x ≈ s · (code − 7.5); byte i holds code i in its low half and code i + n / 2 in its high half.
+- Bit planes, for any other number of bits: plane p holds the p-th highest bit of the first w_p numbers, number i in bit i % 8 of
+  byte i / 8, and w_0 = n ≥ w_1 ≥ …, all multiples of 8. A number that b planes reach has the code of b bits in the middle of
+  the 2^(8−b) bytes that begin with it: x ≈ s · (byte − 128), byte = (2 · code + 1) · 2^(7−b). So numbers that count for more
+  can have more bits. 6 and 3 bits stand for as many planes of the whole width.
+
+No code stands for zero, so that all are used.
 
 This file is also written beside the weights of converted checkpoints, as xeco_packed_rows.py: it imports torch alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-CLIP = {8: 4.0, 4: 2.75}  # largest number that has a code of its own, in units of the row's rms
+# Bits of each number, or how many numbers each bit plane reaches.
+Bits = int | tuple[int, ...]
+
+# Largest number that has a code of its own, in units of the row's rms, by bits: near the best for normal numbers.
+CLIP = {2: 1.55, 3: 2.2, 4: 2.75, 5: 3.1, 6: 3.4, 7: 3.7, 8: 4.0}
+MOST_PLANES = 7
 SCALE_BYTES = 2
 _LEAST = 2.0**-126  # scale of a row of zeros
 
 
-def pack_rows(rows: Tensor, bits: int) -> Tensor:
-    """Rows [..., n] (floating, any strides) as uint8 [..., n · bits / 8 + 2]; n even where bits is 4. NaN and infinity come
-    back as NaN, whole rows of them."""
+def planes_of(bits: Bits, width: int) -> tuple[int, ...]:
+    """How many numbers each bit plane reaches; for rows that lie in planes."""
+    return bits if isinstance(bits, tuple) else (width,) * bits
+
+
+def layout_number(bits: Bits, width: int) -> int:
+    """What the kernels take for `bits`: 8 and 4 themselves, else 7 bits for each plane, the multiple of 8 that it reaches."""
+    if bits in (8, 4):
+        return int(bits)  # type: ignore[arg-type]
+    return sum(reached // 8 << 7 * number for number, reached in enumerate(planes_of(bits, width)))
+
+
+def classes_of(planes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Runs of numbers with as many bits: (bits, first, end), the largest number of bits first."""
+    for bits in range(len(planes), 0, -1):
+        first, end = planes[bits] if bits < len(planes) else 0, planes[bits - 1]
+        if first < end:
+            yield bits, first, end
+
+
+def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
+    """Rows [..., n] (floating, any strides) as uint8 [..., bytes]: n even where bits is 4, a multiple of 8 in bit planes. NaN and
+    infinity come back as NaN, whole rows of them."""
     if rows.shape[-1] == 0:
         return rows.new_empty(rows.shape, dtype=torch.uint8)
-    values, middle = rows.float(), (2**bits - 1) / 2
-    largest = values.abs().amax(dim=-1, keepdim=True)
-    rms = values.square().mean(dim=-1, keepdim=True).sqrt()
-    scale = (torch.minimum(largest, CLIP[bits] * rms) / middle).clamp_min(_LEAST).to(torch.bfloat16)
-    codes = (values / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
-    if bits == 4:
-        low, high = codes.chunk(2, dim=-1)
-        codes = low | (high << 4)
+    values = rows.float()
+    codes, scale = _in_codes(values, bits) if bits in (8, 4) else _in_planes(values, planes_of(bits, rows.shape[-1]))
     return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
 
 
-def unpack_rows(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def unpack_rows(packed: Tensor, bits: Bits, dtype: torch.dtype) -> Tensor:
     """The rows [..., n] that `pack_rows` made bytes of, in `dtype`."""
     if packed.shape[-1] == 0:
         return packed.to(dtype)
     codes, low, high = packed.split([packed.shape[-1] - SCALE_BYTES, 1, 1], dim=-1)
     # not a view of the two bytes: those need not lie at an even address
     scale = (low.to(torch.int32) << 16 | high.to(torch.int32) << 24).view(torch.float32)
+    middle = 127.5
     if bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-    rows: Tensor = (codes.to(torch.float32) - (2**bits - 1) / 2) * scale
+        codes, middle = torch.cat([codes & 15, codes >> 4], dim=-1), 7.5
+    elif bits != 8:
+        width = codes.shape[-1] * 8 // bits if isinstance(bits, int) else bits[0]
+        codes, middle = _bytes_of_planes(codes, planes_of(bits, width)), 128.0
+    rows: Tensor = (codes.to(torch.float32) - middle) * scale
     return rows.to(dtype)
 
 
-def as_cached(rows: Tensor, bits: int) -> Tensor:
+def as_cached(rows: Tensor, bits: Bits) -> Tensor:
     """What the cache will give back for these rows, in their dtype. Gradients pass as if nothing had been rounded
     (straight-through estimator, arXiv 1308.3432)."""
     if bits == 16 or rows.shape[-1] == 0:
         return rows
     rounded = unpack_rows(pack_rows(rows.detach(), bits), bits, rows.dtype)
     return rows + (rounded - rows.detach()) if rows.requires_grad else rounded
+
+
+def _reach(values: Tensor, bits: int) -> Tensor:
+    """The largest number that is to have a code of its own [..., 1]."""
+    largest, rms = values.abs().amax(dim=-1, keepdim=True), values.square().mean(dim=-1, keepdim=True).sqrt()
+    return torch.minimum(largest, CLIP[bits] * rms)
+
+
+def _in_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of 8 or 4 bits as bytes, and the scale [..., 1]."""
+    middle = (2**bits - 1) / 2
+    scale = (_reach(values, bits) / middle).clamp_min(_LEAST).to(torch.bfloat16)
+    codes = (values / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
+    if bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        codes = low | (high << 4)
+    return codes, scale
+
+
+def _in_planes(values: Tensor, planes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Bit planes, one behind the other, and the scale [..., 1]: large enough for each run of numbers."""
+    runs = list(classes_of(planes))
+    reach = [_reach(values[..., first:end], bits) / (128 - 2.0 ** (7 - bits)) for bits, first, end in runs]
+    scale = torch.stack(reach).amax(dim=0).clamp_min(_LEAST).to(torch.bfloat16)
+    scaled = values / scale.float()
+    codes = [
+        # 2^(8−b) scales apart, of which the lowest covers what is below −128 + 2^(8−b)
+        ((scaled[..., first:end] / 2 ** (8 - bits)).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1) * 2 ** (8 - bits)
+        for bits, first, end in runs
+    ]
+    numbers = torch.cat(codes, dim=-1).nan_to_num(0).to(torch.uint8)
+    weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
+    bits_of = [
+        ((numbers[..., :reached] >> 7 - plane & 1).unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
+        for plane, reached in enumerate(planes)
+    ]
+    return torch.cat(bits_of, dim=-1), scale
+
+
+def _bytes_of_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
+    """The byte of each number [..., n], from the planes behind one another."""
+    shifts = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    numbers = torch.zeros(*codes.shape[:-1], planes[0], dtype=torch.uint8, device=codes.device)
+    parts = codes.split([reached // 8 for reached in planes], dim=-1)
+    for plane, (reached, part) in enumerate(zip(planes, parts, strict=True)):
+        ones = (part.unsqueeze(-1) >> shifts & 1).flatten(-2)
+        numbers[..., :reached] |= ones << 7 - plane
+    for bits, first, end in classes_of(planes):
+        numbers[..., first:end] |= 1 << 7 - bits
+    return numbers

@@ -72,7 +72,10 @@ class KvBudget(RankPolicy):
     def check_source(self, facts: CacheFacts) -> None:
         """Refuse a budget below one step for latent and rotary key in each layer, or below what kept layers take."""
         budget, multiple = self.budget(facts), self.multiple(facts)
-        least = min(facts.layer_bytes(_smallest(multiple, bits)) for bits in facts.bits) * facts.num_layers
+        least = (
+            min(facts.layer_bytes(_smallest(_step(multiple, bits, facts), bits)) for bits in facts.bits)
+            * facts.num_layers
+        )
         if budget >= least:
             return
         before, kept = (numbers * facts.number_bytes for numbers in (facts.numbers_before, facts.numbers_kept))
@@ -87,10 +90,11 @@ class KvBudget(RankPolicy):
         return f"kv_lora_rank and qk_rope_head_dim by sensitivity, ranks in steps of {self.multiple(facts)}"
 
     def widths(self, survey: WidthSurvey, facts: CacheFacts, rope_dims: Sequence[int]) -> list[Widths]:
-        budget, multiple = self.budget(facts), self.multiple(facts)
+        budget = self.budget(facts)
         average = budget / facts.num_layers
         offers: list[Widths] = []
         for bits in facts.bits:
+            multiple = _step(self.multiple(facts), bits, facts)
             if facts.layer_bytes(_smallest(multiple, bits)) > average:
                 continue
             numbers = affordable_numbers(average, bits, facts)
@@ -111,6 +115,11 @@ def affordable_numbers(size: float, bits: tuple[int, int], facts: CacheFacts) ->
     for_each = (facts.layer_bytes(twice) - facts.layer_bytes(some)) / some.total
     scales = facts.layer_bytes(some) - for_each * some.total
     return (size - scales) / for_each
+
+
+def _step(multiple: int, bits: tuple[int, int], facts: CacheFacts) -> int:
+    """The step of ranks in these bits: `multiple`, or 16 where rows would be no whole bytes."""
+    return multiple if facts.can_cache(_smallest(multiple, bits)) else DEFAULT_MULTIPLE
 
 
 def _smallest(multiple: int, bits: tuple[int, int]) -> Widths:

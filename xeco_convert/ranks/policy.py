@@ -41,7 +41,8 @@ class CacheFacts:
     """What a policy knows of the source before any weight is read. `cache_width`: numbers that the source caches per token
     and layer; `numbers_before` and `numbers_kept`: per token, of all layers and of those that keep their attention;
     `full_rank` and `most_rope_dim`: the widest latent and rotary key of a layer; `same_widths`: all layers must get the same;
-    `bits`: those of latent and rotary key that may be chosen; `layer_bytes`: what a layer of some widths caches per token."""
+    `bits`: those of latent and rotary key that may be chosen; `layer_bytes`: what a layer of some widths caches per token;
+    `can_cache`: whether rows of some widths can have their bits."""
 
     cache_width: int
     num_layers: int
@@ -53,6 +54,7 @@ class CacheFacts:
     same_widths: bool
     bits: tuple[tuple[int, int], ...]
     layer_bytes: Callable[[Widths], int]
+    can_cache: Callable[[Widths], bool] = lambda widths: True
 
 
 class WidthSurvey(Protocol):

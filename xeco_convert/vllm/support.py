@@ -100,7 +100,7 @@ def check_layer(number: int, layer: MlaLayer, window: int | None, settings: Serv
 def _obstacle(layer: MlaLayer, window: int | None, settings: ServingSettings) -> str | None:
     if layer.is_packed:
         return (
-            f"latents in {layer.latent_bits} and rotary keys in {layer.rope_bits} bits are read by transformers alone; vLLM's "
+            f"latents and rotary keys in {layer.bits_in_words} bits are read by transformers alone; vLLM's "
             "pages hold numbers: serve with transformers, or convert without --cache-bits"
         )
     if layer.logit_softcap is not None and "kv_b" in layer.biases:

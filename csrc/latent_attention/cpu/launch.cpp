@@ -138,8 +138,7 @@ struct Cpu {
   }
 
   void forward(const ForwardParams& params, const Tensor&) const {
-    const bool codes = params.shape.latent_bits < 16;
-    (codes ? choose_code_kernels(params.shape) : choose_kernels(params.shape)).forward(params, parallel_items);
+    (is_packed(params.shape) ? choose_code_kernels(params.shape) : choose_kernels(params.shape)).forward(params, parallel_items);
   }
 
   void backward(BackwardParams& params, const SavedForward& saved, const TokenGradients& to, const Tensor& lse) const {
