@@ -1,8 +1,8 @@
 // Rows of a cache in codes of few bits (xeco_convert/ops/packed_rows.py): x = scale * (code - middle), one scale a row.
 //
 // A row is its codes, then its scale as bfloat16. With 8 bits a code is a byte; with 4 bits byte i holds code i in its
-// low half and code i + width / 2 in its high half. In bit planes plane p holds the p-th highest bit of the first numbers'
-// bytes; the bit behind the lowest one that a number has is set as well, and those below it are not.
+// low half and code i + width / 2 in its high half. In bit planes plane p holds the p-th highest bit of the first
+// numbers' bytes; the bit behind the lowest one that a number has is set as well, and those below it are not.
 
 namespace xeco::XECO_ISA {
 

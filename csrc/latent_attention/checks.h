@@ -25,13 +25,13 @@ inline void check_codes(const char* op, const char* name, const Tensor& rows, co
     known = bits >> 7 * kMostPlanes == 0 && plane_bytes(bits, 1) > 0;
     for (int plane = 1; plane < kMostPlanes; ++plane)
       known = known && plane_bytes(bits, plane) <= plane_bytes(bits, plane - 1);
-    require(plane_bytes(bits, 0) * 8 == width, op, ": ", bits_name,
-            ": the first bit plane reaches every number, got ", plane_bytes(bits, 0) * 8, " of ", width);
+    require(plane_bytes(bits, 0) * 8 == width, op, ": ", bits_name, ": the first bit plane reaches every number, got ",
+            plane_bytes(bits, 0) * 8, " of ", width);
   }
   require(known, op, ": ", bits_name, ": expected 8 or 4, or what 2 to ", kMostPlanes,
           " bit planes reach, one no further than the one before, got layout ", bits);
-  require(lies_in_planes(bits) || width * bits % 8 == 0, op, ": ", name,
-          ": a row in 4 bits needs an even width, got ", width);
+  require(lies_in_planes(bits) || width * bits % 8 == 0, op, ": ", name, ": a row in 4 bits needs an even width, got ",
+          width);
   check_tensor(op, name, rows, {outer, tokens, code_row_bytes(width, bits)});
   check_dtype(op, name, rows, ScalarType::Byte, "uint8");
 }

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xeco_convert.ops.packed_rows import Bits, layout_number
+
 ROOT = Path(__file__).resolve().parents[2]
 LANES = {"mma": 32, "mfma": 64}
 _HERE = Path(__file__).parent
@@ -220,8 +222,8 @@ def _shape(  # noqa: PLR0913  the rule of the ops
     softcap: float | None = None,
     block_table: Tensor | None = None,
     decode: bool = False,
-    latent_bits: int = 16,
-    rope_bits: int = 16,
+    latent_bits: Bits = 16,
+    rope_bits: Bits = 16,
 ) -> _Shape:
     q_latent, q_rope, c_kv, _ = tensors
     batch, queries, heads, rank = q_latent.shape
@@ -230,7 +232,8 @@ def _shape(  # noqa: PLR0913  the rule of the ops
     shape.softmax_scale, shape.softcap = softmax_scale, softcap or 0.0
     shape.starts, shape.ends = _address(starts), _address(ends)
     shape.query_positions, shape.queries_end_at_ends = _address(query_positions), decode
-    shape.latent_bits, shape.rope_bits = latent_bits, rope_bits
+    bits = ((latent_bits, rank), (rope_bits, q_rope.shape[3]))
+    shape.latent_bits, shape.rope_bits = (16 if each == 16 else layout_number(each, width) for each, width in bits)
     if block_table is not None:
         shape.block_table, shape.block_table_stride = _address(block_table), block_table.stride(0)
         shape.page_size, shape.num_pages = c_kv.shape[1], c_kv.shape[0]

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from emulated import Emulated
-from operands import COMMON, RULES, Sizes, finite, inputs
+from operands import CODE_BITS as BITS
+from operands import COMMON, RULES, Sizes, bits_for, finite, inputs, possible
 from real import Real
 from rounding import assert_rounded_as_predicted, predicted
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention
-from xeco_convert.ops.packed_rows import pack_rows, unpack_rows
+from xeco_convert.ops.packed_rows import Bits, pack_rows, unpack_rows
 
 # Tiles of every table, parts of groups of eight, of whole tiles, and fewer tokens than a tile has.
 SIZES = [
@@ -26,18 +27,19 @@ SIZES = [
     Sizes(3, 40, 24, 512, 64, 1),
     Sizes(3, 0, 3, 16, 16),
 ]
-BITS = [(8, 8), (4, 8), (4, 4), (8, 4)]
 Machine = Emulated | Real
 
 
-def packed(tensors: list[Tensor], bits: tuple[int, int]) -> list[Tensor]:
+def packed(tensors: list[Tensor], bits: tuple[Bits, Bits]) -> list[Tensor]:
     return [*tensors[:2], pack_rows(tensors[2], bits[0]), pack_rows(tensors[3], bits[1])]
 
 
 def assert_right(
-    gpu: Machine, sizes: Sizes, dtype: torch.dtype, bits: tuple[int, int], num_splits: int = 1, **rule: Any
+    gpu: Machine, sizes: Sizes, dtype: torch.dtype, bits: tuple[Any, Any], num_splits: int = 1, **rule: Any
 ) -> None:
     """Codes are exact: what is rounded is what would be with rows of the dtype."""
+    sizes = possible(sizes, bits)
+    bits = bits_for(sizes, bits)
     tensors = inputs(sizes, dtype)
     codes = packed(tensors, bits)
     rows = [unpack_rows(codes[2], bits[0], torch.float64), unpack_rows(codes[3], bits[1], torch.float64)]
@@ -48,7 +50,7 @@ def assert_right(
 
 
 def attend(
-    gpu: Machine, codes: list[Tensor], bits: tuple[int, int], sizes: Sizes, **rule: Any
+    gpu: Machine, codes: list[Tensor], bits: tuple[Bits, Bits], sizes: Sizes, **rule: Any
 ) -> tuple[Tensor, Tensor]:
     settings: dict[str, Any] = {"latent_bits": bits[0], "rope_bits": bits[1], "softmax_scale": sizes.softmax_scale}
     return gpu.latent_attention_packed(*codes, **settings, **rule)
@@ -58,14 +60,14 @@ def attend(
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_results_are_off_by_their_rounding_alone(
-    gpu: Machine, sizes: Sizes, bits: tuple[int, int], dtype: torch.dtype
+    gpu: Machine, sizes: Sizes, bits: tuple[Any, Any], dtype: torch.dtype
 ) -> None:
     assert_right(gpu, sizes, dtype, bits)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_ranges_windows_positions_and_caps_are_followed(gpu: Machine, rule: str) -> None:
-    assert_right(gpu, even(COMMON), torch.bfloat16, (4, 8), **RULES[rule])
+    assert_right(gpu, COMMON, torch.bfloat16, (4, 8), **RULES[rule])
 
 
 @pytest.mark.parametrize("num_splits", [2, 5])
@@ -75,9 +77,10 @@ def test_parts_add_up(gpu: Machine, num_splits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("offset", range(4))
-def test_rows_may_begin_at_any_byte(gpu: Machine, offset: int, bits: tuple[int, int]) -> None:
+def test_rows_may_begin_at_any_byte(gpu: Machine, offset: int, bits: tuple[Any, Any]) -> None:
     """Rows that no query sees, and whatever lies between the others, are bytes of NaN."""
     sizes = Sizes(1, 90, 3, 32, 16, 2)
+    bits = bits_for(sizes, bits)
     codes = packed(inputs(sizes, torch.bfloat16), bits)
     expected = attend(gpu, codes, bits, sizes, starts=torch.tensor([3, 20]))
     for place in (2, 3):
@@ -93,15 +96,11 @@ def test_rows_may_begin_at_any_byte(gpu: Machine, offset: int, bits: tuple[int, 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("place", [2, 3])
-def test_a_scale_that_is_no_number_is_not_hidden(gpu: Machine, place: int, bits: tuple[int, int]) -> None:
-    sizes = even(COMMON)
+def test_a_scale_that_is_no_number_is_not_hidden(gpu: Machine, place: int, bits: tuple[Any, Any]) -> None:
+    sizes = COMMON
+    bits = bits_for(sizes, bits)
     codes = packed(inputs(sizes, torch.bfloat16), bits)
     codes[place][1, 2, -2:] = 255
     out, lse = attend(gpu, codes, bits, sizes, causal=False)
     assert bool(out[0].isfinite().all()) and bool(out[1].isnan().any()) and bool(out[1, 2, 0].isnan().any())
     assert bool(lse[0].isfinite().all())
-
-
-def even(sizes: Sizes) -> Sizes:
-    """The nearest widths that rows in 4 bits can have."""
-    return sizes._replace(R=sizes.R + sizes.R % 2, P=sizes.P + sizes.P % 2)

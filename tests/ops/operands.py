@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xeco_convert.ops.packed_rows import Bits
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -46,6 +48,32 @@ SIZES = [
     Sizes(2, 3, 3, 16, 16, 0),
 ]
 COMMON = Sizes(7, 129, 3, 24, 8)
+# "falling": bit planes each of which reaches less than the one before
+CODE_BITS: list[tuple[Any, Any]] = [
+    (8, 8),
+    (4, 8),
+    (4, 4),
+    (8, 4),
+    (3, 6),
+    (4, 3),
+    ("falling", 8),
+    ("falling", "falling"),
+]
+
+
+def possible(sizes: Sizes, bits: tuple[Any, Any]) -> Sizes:
+    """The nearest widths that rows in these bits can have."""
+    up = lambda width, to: -(-width // to) * to  # noqa: E731
+    return sizes._replace(R=up(sizes.R, 2 if bits[0] in (8, 4) else 8), P=up(sizes.P, 2 if bits[1] in (8, 4) else 8))
+
+
+def bits_for(sizes: Sizes, bits: tuple[Any, Any]) -> tuple[Bits, Bits]:
+    """Bits of the latents and of the rotary keys, as the ops take them."""
+    latent, rope = (
+        (width, width, width // 2 // 8 * 8 + 8 if width > 8 else 8, 8, 8) if each == "falling" else each
+        for each, width in zip(bits, (sizes.R, sizes.P), strict=True)
+    )
+    return latent, rope
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

@@ -4,33 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from operands import COMMON, DTYPES, RULES, SIZES, Sizes, finite, inputs, schema_order
+from operands import CODE_BITS as BITS
+from operands import COMMON, DTYPES, RULES, SIZES, Sizes, bits_for, finite, inputs, possible, schema_order
 from torch import Tensor
 
 from xeco_convert.ops import latent_attention, latent_attention_packed
-from xeco_convert.ops.packed_rows import Bits, pack_rows, unpack_rows
+from xeco_convert.ops.packed_rows import pack_rows, unpack_rows
 
 pytestmark = pytest.mark.usefixtures("level")
-# "falling": bit planes each of which reaches less than the one before
-BITS: list[tuple[Any, Any]] = [(8, 8), (4, 8), (4, 4), (8, 4), (3, 6), (4, 3), ("falling", 8), ("falling", "falling")]
 EPSILON = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Of the largest number. By products of bytes queries and softmax weights have 15 bits: measured up to 2e-4.
 TOLERANCE = {"baseline": 1e-5, "avx2": 1e-5, "avx512": 1e-5, "reference": 1e-5}
 OF_BYTES = 6e-4
-
-
-def possible(sizes: Sizes, bits: tuple[Any, Any]) -> Sizes:
-    """The nearest widths that rows in these bits can have."""
-    up = lambda width, to: -(-width // to) * to  # noqa: E731
-    return sizes._replace(R=up(sizes.R, 2 if bits[0] in (8, 4) else 8), P=up(sizes.P, 2 if bits[1] in (8, 4) else 8))
-
-
-def bits_for(sizes: Sizes, bits: tuple[Any, Any]) -> tuple[Bits, Bits]:
-    latent, rope = (
-        (width, width, width // 2 // 8 * 8 + 8 if width > 8 else 8, 8, 8) if each == "falling" else each
-        for each, width in zip(bits, (sizes.R, sizes.P), strict=True)
-    )
-    return latent, rope
 
 
 def packed_inputs(sizes: Sizes, dtype: torch.dtype, bits: tuple[Any, Any]) -> list[Tensor]:

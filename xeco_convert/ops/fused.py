@@ -26,14 +26,11 @@ def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     return obstacle
 
 
-def reads_codes(device_type: str, requested: str | None, bits: tuple[Bits, Bits]) -> bool:
-    """Whether the kernels of a device read rows in these bits as they lie, where XECO_ATTENTION names `requested`; elsewhere rows
-    are widened first."""
-    if device_type != "cuda":
-        return device_type == "cpu"
-    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing. Bit planes are
-    # read by the CPU's kernels alone.
-    return requested == "fused" and all(each in (8, 4) for each in bits)
+def reads_codes(device_type: str, requested: str | None) -> bool:
+    """Whether the kernels of a device read rows of codes as they lie, where XECO_ATTENTION names `requested`; elsewhere rows are
+    widened first."""
+    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
+    return device_type == "cpu" or (device_type == "cuda" and requested == "fused")
 
 
 def fused_attention(

@@ -138,7 +138,8 @@ struct Cpu {
   }
 
   void forward(const ForwardParams& params, const Tensor&) const {
-    (is_packed(params.shape) ? choose_code_kernels(params.shape) : choose_kernels(params.shape)).forward(params, parallel_items);
+    (is_packed(params.shape) ? choose_code_kernels(params.shape) : choose_kernels(params.shape))
+        .forward(params, parallel_items);
   }
 
   void backward(BackwardParams& params, const SavedForward& saved, const TokenGradients& to, const Tensor& lse) const {

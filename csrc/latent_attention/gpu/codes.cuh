@@ -1,18 +1,28 @@
-// Cached rows in codes of 8 or 4 bits (xeco_convert/ops/packed_rows.py): how they come to shared memory and are widened
+// Cached rows in codes of few bits (xeco_convert/ops/packed_rows.py): how they come to shared memory and are widened
 // there, a tile at a time.
 //
 // A row is its codes, then its scale s as bfloat16; with 4 bits byte i holds code i in its low half and code
 // i + width / 2 in its high half. A code c of b bits stands for s · (c - (2^b - 1) / 2) = f · v, where
 //   v = (2c - 2^b + 1) / 2^b, with at most 8 significant bits: exact in bfloat16 and float16, and what a tile holds,
 //   f = s · 2^(b-1), about the row's largest number: it multiplies scores and weights, in float32.
+// A row in bit planes is bytes c that stand for s · (c - 128), taken apart (xeco/views.h): v = (c - 128) / 128.
 #pragma once
 
 #include "latent_attention/gpu/rows.cuh"
 
 namespace xeco::gpu {
 
-// code_row_bytes, for the device as well.
-XECO_LAYOUT int code_bytes(int64_t width, int64_t bits) { return static_cast<int>(width * bits / 8 + kScaleBytes); }
+// lies_in_planes, plane_bytes and code_row_bytes, for the device as well.
+XECO_LAYOUT bool in_planes(int64_t bits) { return bits > 16; }
+
+XECO_LAYOUT int bytes_of_plane(int64_t bits, int plane) { return static_cast<int>(bits >> 7 * plane) & 127; }
+
+XECO_LAYOUT int code_bytes(int64_t width, int64_t bits) {
+  int64_t bytes = in_planes(bits) ? 0 : width * bits / 8;
+  if (in_planes(bits))
+    for (int plane = 0; plane < kMostPlanes; ++plane) bytes += bytes_of_plane(bits, plane);
+  return static_cast<int>(bytes + kScaleBytes);
+}
 
 // Rows of any length begin at any byte, and copies take 16 bytes from a multiple of 16, to a place that lies as they
 // do. Rows that follow one another are copied as one piece; others one by one, each with room for all that it touches.
@@ -43,10 +53,16 @@ XECO_DEVICE Bytes8 bytes_at(const uint8_t* from) {
   return {{joined(first, second), joined(second, third)}};
 }
 
-// v of the 8-bit code in byte `at`, without a conversion: as second byte of 2^8 its unit counts 2^-7.
-XECO_DEVICE float number_in(uint32_t word, int at) {
-  return float_of(with_byte(0x43800000u, word, at)) - (257.0f - 1.0f / 256);
+// c / 128 + 256 of the byte c at `at`, without a conversion: as second byte of 2^8 its unit counts 2^-7. Less these it
+// is v of an 8-bit code, and of a byte from bit planes.
+constexpr float kLessOfCode = 257.0f - 1.0f / 256, kLessOfByte = 257.0f;
+
+XECO_DEVICE float number_in(uint32_t word, int at, float less) {
+  return float_of(with_byte(0x43800000u, word, at)) - less;
 }
+
+// Four bits as the lowest of four bytes.
+XECO_DEVICE uint32_t spread_bits(uint32_t bits) { return bits * 0x00204081u & 0x01010101u; }
 
 struct alignas(16) Numbers8 {
   uint32_t words[4];
@@ -54,12 +70,12 @@ struct alignas(16) Numbers8 {
 
 // Those of 8 bytes.
 template <class Element>
-XECO_DEVICE void write_bytes(uint16_t* to, const Bytes8& codes) {
+XECO_DEVICE void write_bytes(uint16_t* to, const Bytes8& codes, float less) {
   Numbers8 numbers;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const uint32_t word = codes.words[w / 2];
-    numbers.words[w] = Element::pack(number_in(word, w % 2 * 2), number_in(word, w % 2 * 2 + 1));
+    numbers.words[w] = Element::pack(number_in(word, w % 2 * 2, less), number_in(word, w % 2 * 2 + 1, less));
   }
   *reinterpret_cast<Numbers8*>(to) = numbers;
 }
@@ -83,13 +99,14 @@ XECO_DEVICE void write_nibbles(uint16_t* low_to, uint16_t* high_to, const Bytes8
 struct CodeRows {
   const uint8_t* rows;
   int64_t stride;
-  int width, bits;
+  int width;
+  int64_t bits;
 
   XECO_DEVICE CodeRows(const RowsView& view, int64_t batch, int64_t width_, int64_t bits_)
       : rows(static_cast<const uint8_t*>(view.data) + batch * view.outer_stride),
         stride(view.row_stride),
         width(static_cast<int>(width_)),
-        bits(static_cast<int>(bits_)) {}
+        bits(bits_) {}
 
   XECO_DEVICE bool follow_one_another() const { return stride == code_bytes(width, bits); }
 
@@ -121,13 +138,15 @@ struct CodeRows {
     const Source source(*this, copied, first);
     if (bits == 8)
       widen_bits<Element, 8, kCount, kThreads>(to, to_stride, source, count);
-    else
+    else if (bits == 4)
       widen_bits<Element, 4, kCount, kThreads>(to, to_stride, source, count);
+    else
+      widen_planes<Element, kCount, kThreads>(to, to_stride, source, count);
     for (int row = thread_index(); row < kCount; row += kThreads) {
       float factor = 0.0f;
       if (row < count) {
-        const uint8_t* scale = source.row(row) + width * bits / 8;
-        factor = BFloat16::widen(static_cast<uint16_t>(scale[0] | scale[1] << 8)) * (1 << (bits - 1));
+        const uint8_t* scale = source.row(row) + code_bytes(width, bits) - kScaleBytes;
+        factor = BFloat16::widen(static_cast<uint16_t>(scale[0] | scale[1] << 8)) * (bits == 4 ? 8.0f : 128.0f);
       }
       factors[row] = factor;
     }
@@ -170,11 +189,44 @@ struct CodeRows {
             {0, 0}};  // any number: the queries have zeros behind the width, and hidden rows a weight of zero
         if (row < count && group < groups) codes = bytes_at(from + group * 8);
         if constexpr (kBits == 8)
-          write_bytes<Element>(numbers + group * 8, codes);
+          write_bytes<Element>(numbers + group * 8, codes, kLessOfCode);
         else
           write_nibbles<Element>(numbers + group * 8, numbers + width / 2 + group * 8, codes);
       }
     }
+  }
+
+  // Eight numbers at a time, a byte of each plane that reaches them.
+  template <class Element, int kCount, int kThreads>
+  XECO_DEVICE void widen_planes(uint16_t* to, int to_stride, const Source& source, int count) const {
+    const int groups = width / 8, all = padded(width) / 8;
+    const int lanes = all > 4 ? 8 : all > 2 ? 4 : all, shift = lanes == 8 ? 3 : lanes / 2;
+    const int step = kThreads >> shift;
+#pragma unroll 1
+    for (int row = thread_index() >> shift; row < kCount; row += step)
+      for (int group = thread_index() & (lanes - 1); group < all; group += lanes) {
+        const bool is_there = row < count && group < groups;  // else any number, as above
+        const Bytes8 codes = is_there ? bytes_of_planes(source.row(row), group) : Bytes8{{0, 0}};
+        write_bytes<Element>(to + row * to_stride + group * 8, codes, kLessOfByte);
+      }
+  }
+
+  // The bytes of the numbers from 8 * group on.
+  XECO_DEVICE Bytes8 bytes_of_planes(const uint8_t* planes, int group) const {
+    Bytes8 codes = {{0, 0}};
+    int behind = 7;  // place of the bit behind the lowest one that these numbers have, which is set as well
+    for (int plane = 0; plane < kMostPlanes; ++plane) {
+      const int bytes = bytes_of_plane(bits, plane);
+      if (group >= bytes) break;
+      const uint32_t byte = planes[group];
+      codes.words[0] |= spread_bits(byte & 15) << behind;
+      codes.words[1] |= spread_bits(byte >> 4) << behind;
+      planes += bytes;
+      --behind;
+    }
+    codes.words[0] |= 0x01010101u << behind;
+    codes.words[1] |= 0x01010101u << behind;
+    return codes;
   }
 
   // Widths of which groups of 8 bytes make no whole.
@@ -186,8 +238,8 @@ struct CodeRows {
         if (row < count && column < width) {
           const bool is_low = kBits == 8 || column < width / 2;
           const uint32_t byte = source.row(row)[is_low ? column : column - width / 2];
-          number =
-              kBits == 8 ? Element::pack(number_in(byte, 0), 0.0f) : Element::centered(is_low ? byte & 15 : byte >> 4);
+          number = kBits == 8 ? Element::pack(number_in(byte, 0, kLessOfCode), 0.0f)
+                              : Element::centered(is_low ? byte & 15 : byte >> 4);
         }
         to[row * to_stride + column] = static_cast<uint16_t>(number);
       }

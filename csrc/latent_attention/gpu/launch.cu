@@ -22,8 +22,6 @@ struct Gpu {
     require(
         shape.dtype != Dtype::kFloat32, op,
         ": q_latent: the fused GPU kernels take bfloat16 and float16, got float32; the plain-torch reference takes it");
-    require(!lies_in_planes(shape.latent_bits) && !lies_in_planes(shape.rope_bits), op,
-            ": latent_bits and rope_bits: the GPU kernels read 8 and 4 bits; widen rows in bit planes first");
     // Numbers of rows and tokens are int32 in the kernels, and so are those behind them that a tile is filled up with.
     constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 1024;
     const int64_t rows = shape.num_queries * shape.num_heads;
