@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "latent_attention/params.h"
-#include "tensor_checks.h"
+#include "code_checks.h"
 
 namespace xeco {
 
@@ -20,18 +20,7 @@ struct CacheBits {
 
 inline void check_codes(const char* op, const char* name, const Tensor& rows, const char* bits_name, int64_t bits,
                         int64_t width, int64_t outer, int64_t tokens) {
-  bool known = bits == 8 || bits == 4;
-  if (lies_in_planes(bits)) {
-    known = bits >> 7 * kMostPlanes == 0 && plane_bytes(bits, 1) > 0;
-    for (int plane = 1; plane < kMostPlanes; ++plane)
-      known = known && plane_bytes(bits, plane) <= plane_bytes(bits, plane - 1);
-    require(plane_bytes(bits, 0) * 8 == width, op, ": ", bits_name, ": the first bit plane reaches every number, got ",
-            plane_bytes(bits, 0) * 8, " of ", width);
-  }
-  require(known, op, ": ", bits_name, ": expected 8 or 4, or what 2 to ", kMostPlanes,
-          " bit planes reach, one no further than the one before, got layout ", bits);
-  require(lies_in_planes(bits) || width * bits % 8 == 0, op, ": ", name, ": a row in 4 bits needs an even width, got ",
-          width);
+  check_layout(op, name, bits_name, bits, width);
   check_tensor(op, name, rows, {outer, tokens, code_row_bytes(width, bits)});
   check_dtype(op, name, rows, ScalarType::Byte, "uint8");
 }

@@ -23,9 +23,7 @@ def name(file: Path) -> str:
 
 
 def needs_torch(file: Path) -> bool:
-    return any(
-        header in file.read_text("utf-8") for header in ("<torch/", "<pybind11/", "tensor_checks.h", "/checks.h")
-    )
+    return any(header in file.read_text("utf-8") for header in ("<torch/", "<pybind11/", "_checks.h", "/checks.h"))
 
 
 @pytest.mark.parametrize("file", [file for file in STANDALONE if name(file) not in OF_A_VENDOR], ids=name)

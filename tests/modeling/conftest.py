@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "qwen2_low_rank_queries": ("qwen2", "default", {"rank": 12, "rope_dim": 4, "q_rank": 20}),
     "qwen2_window": ("qwen2_window", "default", {"rank": 12, "rope_dim": 4, "nope_dim": 8}),
     "qwen3_exact": ("qwen3_bias", "yarn", None),  # keys behind their norm
-    "eight_bits": ("llama", "default", {"rank": 12, "rope_dim": 4, "cache_bits": "8"}),
+    "bit_planes": ("llama", "default", {"rank": 16, "rope_dim": 8, "cache_bits": "3"}),
     "four_bits": ("qwen2_tied", "default", {"rank": 12, "rope_dim": 4, "layers": "0,2", "cache_bits": "4"}),
     "hybrid": ("qwen2_tied", "default", {"rank": 12, "rope_dim": 4, "layers": "0,2"}),
 }

@@ -180,7 +180,7 @@ def test_generation_with_the_quantised_cache_of_transformers(partly_without_rota
     assert out.shape == (BATCH, PREFILL + 5)
 
 
-@pytest.mark.parametrize(("kind", "widths"), [("eight_bits", (12 + 2, 4 + 2)), ("four_bits", (6 + 2, 4 + 2))])
+@pytest.mark.parametrize(("kind", "widths"), [("bit_planes", (6 + 2, 6 + 2)), ("four_bits", (6 + 2, 4 + 2))])
 def test_codes_take_the_bytes_that_the_configuration_counts(
     kind: str, widths: tuple[int, int], model_of: Callable[[str], PreTrainedModel]
 ) -> None:
@@ -194,7 +194,7 @@ def test_codes_take_the_bytes_that_the_configuration_counts(
     assert keys.dtype == values.dtype == torch.uint8 and (keys.shape[3], values.shape[3]) == widths
 
 
-@pytest.mark.parametrize("kind", ["eight_bits", "four_bits"])
+@pytest.mark.parametrize("kind", ["bit_planes", "four_bits"])
 def test_a_cache_that_would_quantise_codes_again_is_refused(
     kind: str, model_of: Callable[[str], PreTrainedModel]
 ) -> None:
@@ -211,7 +211,7 @@ def test_a_cache_that_would_quantise_codes_again_is_refused(
 
 
 @pytest.mark.usefixtures("gradients")
-@pytest.mark.parametrize("kind", ["eight_bits", "four_bits"])
+@pytest.mark.parametrize("kind", ["bit_planes", "four_bits"])
 def test_gradients_pass_through_codes_with_a_cache_and_without(
     kind: str, model_of: Callable[[str], PreTrainedModel]
 ) -> None:
@@ -228,7 +228,7 @@ def test_gradients_pass_through_codes_with_a_cache_and_without(
 @pytest.mark.usefixtures("gradients")
 def test_gradients_of_the_queries_alone_pass_a_cache_of_codes(model_of: Callable[[str], PreTrainedModel]) -> None:
     """As LoRA on the queries has them: what is cached needs none. Layers below read codes in the kernel, one way of two."""
-    model, ids = copy.deepcopy(model_of("eight_bits")).requires_grad_(False), random_ids(2, 9)
+    model, ids = copy.deepcopy(model_of("bit_planes")).requires_grad_(False), random_ids(2, 9)
     weight = model.model.layers[2].self_attn.q_proj.weight.requires_grad_()
     gradients = [torch.autograd.grad(model(ids, labels=ids, use_cache=use).loss, weight)[0] for use in (False, True)]
     assert float(gradients[0].norm()) > 1e-4
@@ -237,6 +237,6 @@ def test_gradients_of_the_queries_alone_pass_a_cache_of_codes(model_of: Callable
 
 @pytest.mark.usefixtures("gradients")
 def test_gradients_through_a_static_cache_of_codes_are_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
-    model = model_of("eight_bits")
+    model = model_of("bit_planes")
     with pytest.raises(ValueError, match="layer 0: gradients do not pass a static cache of codes"):
         model(random_ids(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=8), use_cache=True)

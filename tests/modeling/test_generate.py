@@ -72,7 +72,7 @@ def test_a_static_cache_holds_the_latent_widths(model_of: Callable[[str], PreTra
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "llama_exact", "qwen2_low_rank_queries", "hybrid", "eight_bits", "four_bits"]
+    "kind", ["llama", "llama_exact", "qwen2_low_rank_queries", "hybrid", "bit_planes", "four_bits"]
 )
 def test_assisted_generation_equals_plain_greedy(kind: str, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, ids = model_of(kind), random_ids(1, 10)

@@ -26,9 +26,9 @@ from .layer_xeco import Bits, MlaLayer, MlaShape
 
 fused: Any
 try:
-    from xeco_convert.ops import fused
+    from xeco_convert.ops import fused, pack_rows
     from xeco_convert.ops.choice import AttentionCall, choose, explain, fused_obstacle
-    from xeco_convert.ops.packed_rows import as_cached, pack_rows, unpack_rows
+    from xeco_convert.ops.packed_rows import as_cached, unpack_rows
     from xeco_convert.ops.torch_attention import (
         absorbed_attention,
         common_dtype,

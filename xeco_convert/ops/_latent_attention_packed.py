@@ -22,7 +22,15 @@ from xeco_convert.ops._latent_attention import (
 )
 from xeco_convert.ops.checks import check_float, check_tensor, check_widths, run_checked
 from xeco_convert.ops.extension import first_loaded_for, runs_in_reference
-from xeco_convert.ops.packed_rows import MOST_PLANES, SCALE_BYTES, Bits, layout_number, planes_of, unpack_rows
+from xeco_convert.ops.packed_rows import (
+    MOST_PLANES,
+    SCALE_BYTES,
+    Bits,
+    bits_of_layout,
+    layout_number,
+    planes_of,
+    unpack_rows,
+)
 
 _OP = "latent_attention_packed"
 _EXPECTED_BITS = (
@@ -43,13 +51,6 @@ class _Layouts(NamedTuple):
 
     latent: int
     rope: int
-
-
-def _bits_of(layout: int) -> Bits:
-    """The inverse of `packed_rows.layout_number`."""
-    if layout < 1 << 7:
-        return layout
-    return tuple((layout >> 7 * plane & 127) * 8 for plane in range((layout.bit_length() + 6) // 7))
 
 
 def latent_attention_packed(
@@ -93,7 +94,7 @@ def latent_attention_packed_reference(
 ) -> tuple[Tensor, Tensor]:
     """The op written from the formula: rows widened, then the reference of `latent_attention`, in float32 or better."""
     layouts, wide = _Layouts(*settings[-2:]), torch.promote_types(q_latent.dtype, torch.float32)
-    rows = (unpack_rows(c_kv, _bits_of(layouts.latent), wide), unpack_rows(k_rope, _bits_of(layouts.rope), wide))
+    rows = (unpack_rows(c_kv, bits_of_layout(layouts.latent), wide), unpack_rows(k_rope, bits_of_layout(layouts.rope), wide))
     return latent_attention_reference(q_latent, q_rope, *rows, *settings[:-2])
 
 
@@ -124,7 +125,7 @@ def _check_rows(
     name: str, rows: Tensor, bits_name: str, layout: int, width: int, outer: tuple[int, int | None], like: Tensor
 ) -> None:
     """uint8 [B, T, bytes] on the device of `like`."""
-    bits = _bits_of(layout)
+    bits = bits_of_layout(layout)
     planes = planes_of(bits, width)
     descending = isinstance(bits, tuple) and bits == tuple(sorted(bits, reverse=True)) and min(bits) > 0
     if bits not in (8, 4) and not (descending and 2 <= len(planes) <= MOST_PLANES):

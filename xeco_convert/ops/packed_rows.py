@@ -28,7 +28,7 @@ from torch import Tensor
 Bits = int | tuple[int, ...]
 
 # Largest number that has a code of its own, in units of the row's rms, by bits: near the best for normal numbers.
-CLIP = {2: 1.55, 3: 2.2, 4: 2.75, 5: 3.1, 6: 3.4, 7: 3.7, 8: 4.0}
+CLIP = {1: 0.8, 2: 1.55, 3: 2.2, 4: 2.75, 5: 3.1, 6: 3.4, 7: 3.7, 8: 4.0}
 MOST_PLANES = 7
 SCALE_BYTES = 2
 _LEAST = 2.0**-126  # scale of a row of zeros
@@ -46,6 +46,13 @@ def layout_number(bits: Bits, width: int) -> int:
     return sum(reached // 8 << 7 * number for number, reached in enumerate(planes_of(bits, width)))
 
 
+def bits_of_layout(layout: int) -> Bits:
+    """The inverse of `layout_number`."""
+    if layout < 1 << 7:
+        return layout
+    return tuple((layout >> 7 * plane & 127) * 8 for plane in range((layout.bit_length() + 6) // 7))
+
+
 def classes_of(planes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """Runs of numbers with as many bits: (bits, first, end), the largest number of bits first."""
     for bits in range(len(planes), 0, -1):
@@ -59,7 +66,8 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     infinity come back as NaN, whole rows of them."""
     if rows.shape[-1] == 0:
         return rows.new_empty(rows.shape, dtype=torch.uint8)
-    values = rows.float()
+    # in float64 sums do not depend on their order: the kernels give the same bytes (Apple's GPUs have no float64)
+    values = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
     codes, scale = _in_codes(values, bits) if bits in (8, 4) else _in_planes(values, planes_of(bits, rows.shape[-1]))
     return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
 
@@ -100,7 +108,7 @@ def _in_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of 8 or 4 bits as bytes, and the scale [..., 1]."""
     middle = (2**bits - 1) / 2
     scale = (_reach(values, bits) / middle).clamp_min(_LEAST).to(torch.bfloat16)
-    codes = (values / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
+    codes = (values.float() / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
     if bits == 4:
         low, high = codes.chunk(2, dim=-1)
         codes = low | (high << 4)
@@ -112,7 +120,7 @@ def _in_planes(values: Tensor, planes: tuple[int, ...]) -> tuple[Tensor, Tensor]
     runs = list(classes_of(planes))
     reach = [_reach(values[..., first:end], bits) / (128 - 2.0 ** (7 - bits)) for bits, first, end in runs]
     scale = torch.stack(reach).amax(dim=0).clamp_min(_LEAST).to(torch.bfloat16)
-    scaled = values / scale.float()
+    scaled = values.float() / scale.float()
     codes = [
         # 2^(8−b) scales apart, of which the lowest covers what is below −128 + 2^(8−b)
         ((scaled[..., first:end] / 2 ** (8 - bits)).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1) * 2 ** (8 - bits)
