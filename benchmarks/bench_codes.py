@@ -106,7 +106,9 @@ def _decoders(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
     for latent, rope in every_bits:
         codes = (pack_rows(c_kv, latent), pack_rows(k_rope, rope))
         bits = {"latent_bits": latent, "rope_bits": rope}
-        runs[f"{average_bits(latent):g} + {rope}"] = partial(latent_attention_packed, *queries, *codes, **bits, softmax_scale=SCALE)
+        runs[f"{average_bits(latent):g} + {rope}"] = partial(
+            latent_attention_packed, *queries, *codes, **bits, softmax_scale=SCALE
+        )
     return runs
 
 

@@ -6,8 +6,8 @@
 
 The whole table takes hours: every row goes into the file of --json as soon as it is measured, and rows that stand there already
 are not measured again (--again does). Ways to convert are those of bench_fidelity.py: paper, transmla (the peer, written from its
-description), calibrated on text at a budget and at one pair of widths, refined, and sampled (on samples of the source) with
-several seeds. Exits with 1 where a figure is above the one that must be reached.
+description), calibrated on text at a budget and at one pair of widths, the budget spent on codes of few bits ("auto bits"),
+refined, and sampled (on samples of the source) with several seeds. Exits with 1 where a figure is above the one that must be reached.
 """
 
 from __future__ import annotations
@@ -48,18 +48,25 @@ GAP_BOUNDS = {("50%", "calibrated"): 1 / 3.5, ("25%", "calibrated"): 1 / 3.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row: a way to convert, at a size (rank + rope or a share) that takes `share` of the cache."""
+    """One row: a way to convert, at a size (rank + rope or a share) that takes `share` of the cache, numbers in `bits`."""
 
     share: str
     method: str
     size: str
     seed: int = 0
+    bits: str = "16"
 
     @property
     def name(self) -> str:
         """As --rows and the results call it."""
         seed = f"/seed{self.seed}" if self.seed else ""
-        return f"{self.share}/{self.method}/{self.size}{seed}"
+        bits = f"/{self.bits}-bits" if self.bits != "16" else ""
+        return f"{self.share}/{self.method}/{self.size}{bits}{seed}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Options of the conversion beside its size."""
+        return {"seed": self.seed} | ({"cache_bits": self.bits} if self.bits != "16" else {})
 
 
 def all_cases() -> list[Case]:
@@ -73,6 +80,7 @@ def all_cases() -> list[Case]:
     for share, pairs in PAIRS.items():
         cases += [Case(share=share, method="calibrated", size=size) for size in (*pairs, share)]
         cases += [Case(share=share, method=method, size=share) for method in ("sampled", "refined")]
+        cases.append(Case(share=share, method="calibrated", size=share, bits="auto"))
     cases.append(Case(share="50%", method="refined", size="128+64"))
     cases += [Case(share="50%", method="sampled", size="50%", seed=seed) for seed in SEEDS]
     cases += [Case(share="50%", method="refined", size="50%", seed=seed) for seed in SEEDS]
@@ -90,7 +98,7 @@ def select(cases: Sequence[Case], patterns: Sequence[str] | None) -> list[Case]:
 def measure(case: Case, source: Any, windows: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Convert, compare, forget: the row as JSON types, with the machine that it was measured on."""
     machine = machine_facts()
-    options.fields = {"seed": case.seed}
+    options.fields = case.fields
     if case.method == "refined" and options.refine_minutes:
         options.fields["refine_minutes"] = options.refine_minutes
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
@@ -123,6 +131,7 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
             lines.append(["100%", "source", None, None, fidelity["perplexity_source"], *[None] * (len(COLUMNS) - 5)])
         of_peer = None if not peer or row["method"] == "transmla" else f"{fidelity['gap'] / peer:.3f}"
         what = row["method"] + (" (budget)" if "%" in row["size"] and row["method"] == "calibrated" else "")
+        what += "" if row.get("bits", "16") == "16" else f", {row['bits']} bits"
         values = [f"{row['kv_share']:.1%}", what, row["seed"], row["widths"], fidelity["perplexity"]]
         values += [f"{fidelity['gap']:.4f}", of_peer, f"{fidelity['kl']:.4f}", f"{fidelity['top1']:.1%}"]
         values += [f"{row['conversion_seconds']:.0f}", f"{row['cpu_seconds']:.0f}", row["machine"]["commit"]]

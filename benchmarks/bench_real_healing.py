@@ -66,6 +66,7 @@ def converted(case: Case, options: argparse.Namespace, folder: Path) -> dict[str
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    options = argparse.Namespace(**{**vars(options), "fields": options.fields | case.fields})
     arguments = (case.method, case.size, options.calibration_tokens, options, folder)
     if case.method in BASELINES:
         source = load(options.checkpoint, options.device)
