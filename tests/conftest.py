@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -107,9 +108,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def pytest_groups_in_node_ids(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """pytest-xdist 3.8 tells the group by an end of `_nodeid`, which pytest 9.2 no longer reads: without this, the groups that
+    `--dist loadgroup` asks for are spread over all workers, and each makes again what one was to make."""
+    for item in items:
+        told = vars(item).get("_nodeid")
+        if told and told != item.nodeid:
+            item._id = type(item._id).parse(told)
+        if getattr(config.option, "loadgroup", False) and item.get_closest_marker("xdist_group"):
+            assert "@" in item.nodeid, "pytest-xdist would spread the group of this test over all workers"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage at their ends, in a quarter of a second each time where all of torch, transformers and the tests
+    is looked through: what is here by now stays until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 def _group(item: pytest.Item) -> str | None:
     """The file of a test with fixtures of its file, the folder of one with conversions of its folder; None for the others."""
     definitions = item._fixtureinfo.name2fixturedefs if hasattr(item, "_fixtureinfo") else {}
+    if "libraries" in definitions:  # of tests/device: another worker would wait for the same compiler runs
+        return "tests/device"
     if any(name in _FOLDER_FIXTURES for name in definitions):
         return item.path.parent.name
     if any(definition.scope == "module" for found in definitions.values() for definition in found):

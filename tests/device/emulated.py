@@ -22,7 +22,8 @@ from xeco_convert.ops.packed_rows import Bits, layout_number
 ROOT = Path(__file__).resolve().parents[2]
 LANES = {"mma": 32, "mfma": 64}
 _HERE = Path(__file__).parent
-_SOURCES = [*sorted((ROOT / "csrc").glob("*/gpu/instantiate/*.cu")), _HERE / "machine.cpp", _HERE / "emulated.cpp"]
+_KERNELS = sorted((ROOT / "csrc").glob("*/gpu/instantiate/*.cu"))
+_SOURCES = [_HERE / "machine.cpp", _HERE / "emulated.cpp"]
 
 
 def build(machine: str, folder: Path) -> ctypes.CDLL:
@@ -46,10 +47,13 @@ def build(machine: str, folder: Path) -> ctypes.CDLL:
 def _compile(machine: str, library: Path) -> None:
     compiler = compiler_of_host()
     assert compiler is not None
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *emulation_flags(machine)]
+    # -Og: compiled in two thirds of -O1's time, while the tests take a tenth longer, which is less
+    flags = ["-std=c++17", "-Og", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *emulation_flags(machine)]
     # a misaligned access or an index that does not fit its type ends the program, as a GPU would or should
     flags += ["-fsanitize=alignment,signed-integer-overflow,shift", "-fsanitize-undefined-trap-on-error"]
-    subprocess.run([*compiler, *flags, "-x", "c++", *map(str, _SOURCES), "-o", str(library)], check=True)
+    kernels = library.with_suffix(".cpp")  # all in one: their headers are read once
+    kernels.write_text("".join(f'#include "{file}"\n' for file in _KERNELS), "utf-8")
+    subprocess.run([*compiler, *flags, "-x", "c++", *map(str, [kernels, *_SOURCES]), "-o", str(library)], check=True)
 
 
 def compiler_of_host() -> list[str] | None:
