@@ -7,7 +7,8 @@
 The whole table takes hours: every row goes into the file of --json as soon as it is measured, and rows that stand there already
 are not measured again (--again does). Ways to convert are those of bench_fidelity.py: paper, transmla (the peer, written from its
 description), calibrated on text at a budget and at one pair of widths, the budget spent on codes of few bits ("auto bits"),
-refined, and sampled (on samples of the source) with several seeds. Exits with 1 where a figure is above the one that must be reached.
+refined, and sampled (on samples of the source) with several seeds. Exits with 1 where a figure is above the one that must be
+reached.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ QUICK = {
 MAX_SPILLED_BYTES = 0
 MAX_SPILLED_SCALARS = 192
 # Kernels that are not built around matrix products.
-ELEMENTWISE = ("combine_kernel", "delta_kernel", "sum_groups_kernel", "rope_and_append_kernel")
+ELEMENTWISE = ("combine_kernel", "delta_kernel", "sum_groups_kernel", "rope_and_append_kernel", "pack_rows_kernel")
 NVIDIA_INSTRUCTIONS = {"HMMA": "mma.sync", "LDGSTS": "cp.async", "LDSM": "ldmatrix"}
 AMD_SCRATCH = re.compile(r"\b(scratch|buffer)_(load|store)")  # global memory is read and written by global_ and flat_
 AMD_INSTRUCTIONS = {  # of bfloat16 and of float16; CDNA 3 has the same ones under new names

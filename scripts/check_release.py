@@ -18,6 +18,7 @@ DEVICE_SOURCES = (
     "csrc/device/stream.h",
     "csrc/include/xeco/gpu_compat.h",
     "csrc/latent_attention/gpu/launch.cu",
+    "csrc/pack_rows/gpu/launch.cu",
     "csrc/rope_and_append/gpu/launch.cu",
 )
 

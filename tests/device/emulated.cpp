@@ -4,6 +4,7 @@
 
 #include "latent_attention/gpu/heuristics.cuh"
 #include "latent_attention/gpu/kernels.h"
+#include "pack_rows/gpu/kernels.h"
 #include "rope_and_append/gpu/kernels.h"
 
 namespace {
@@ -132,6 +133,14 @@ int emulated_append(int64_t dtype, int64_t wide_angles, const int64_t* sizes, co
   params.num_pages = pages[3];
   return guarded(
       [&] { gpu::rope_and_append(params, static_cast<Dtype>(dtype), wide_angles != 0, stream_of(*limits)); });
+}
+
+int emulated_pack(int64_t dtype, const int64_t* sizes, const View* view, int64_t layout, uint8_t* out,
+                  const Limits* limits) {
+  PackParams params;
+  params.batch = sizes[0], params.num_queries = sizes[1], params.width = sizes[2];
+  params.rows = rows(*view), params.bits = layout, params.out = out;
+  return guarded([&] { gpu::pack_rows(params, static_cast<Dtype>(dtype), stream_of(*limits)); });
 }
 
 // Tests of the layouts by themselves: C [16, 16] = A [16, 16] · Bᵀ, then C as an operand times another; a and b [16,

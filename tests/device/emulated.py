@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xeco_convert.modeling.layer_xeco import row_bytes
 from xeco_convert.ops.packed_rows import Bits, layout_number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,9 @@ def emulation_flags(machine: str) -> list[str]:
     # "#pragma unroll" is for the vendors' compilers
     macros = ["-Wno-unknown-pragmas", f"-DXECO_EMULATE_LANES={LANES[machine]}", "-DXECO_GPU_MACHINE=<emulation.h>"]
     return [*macros, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-I{_HERE}"]
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Shape(ctypes.Structure):
@@ -160,10 +164,9 @@ class Emulated:
             stride, page_size = block_table.stride(0), cache.shape[1]
             capacity = page_size * block_table.shape[1]
         pages = (ctypes.c_int64 * 4)(stride, page_size, capacity, cache.shape[0])
-        dtype = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[c_kv.dtype]
         self._call(
             "emulated_append",
-            ctypes.c_int64(dtype),
+            ctypes.c_int64(_DTYPES[c_kv.dtype]),
             ctypes.c_int64(cos.dtype == torch.float32),
             sizes,
             views,
@@ -171,6 +174,20 @@ class Emulated:
             _pointer(block_table),
             pages,
         )
+
+    def pack_rows(self, rows: Tensor, bits: Bits) -> Tensor:
+        """[B, Q, n] -> uint8 [B, Q, bytes]."""
+        width = rows.shape[2]
+        out = torch.zeros(*rows.shape[:2], row_bytes(width, bits, 2), dtype=torch.uint8)
+        self._call(
+            "emulated_pack",
+            ctypes.c_int64(_DTYPES[rows.dtype]),
+            (ctypes.c_int64 * 3)(*rows.shape),
+            ctypes.pointer(_view(rows)),
+            ctypes.c_int64(layout_number(bits, width)),
+            _pointer(out),
+        )
+        return out
 
     def stages_of_block(self, fixed: int, each: int) -> int:
         """Of a block that needs `fixed` bytes of shared memory, and `each` more for every stage."""

@@ -75,6 +75,9 @@ inline void commit_copies() { machine::commit(); }
 inline void wait_copies(int pending) { machine::wait(pending); }
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
+inline float nearest(float x) { return std::nearbyint(x); }
+inline float whole(float x) { return std::floor(x); }
+inline double root(double x) { return std::sqrt(x); }
 inline float fmax(float a, float b) { return std::fmax(a, b); }
 
 inline void sync_warp() {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xeco_convert import ops
+from xeco_convert.ops.packed_rows import Bits, layout_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class Real:
             options.get("softcap") or 0.0,
         ]
         return [x.cpu() for x in torch.ops.xeco.latent_attention_backward(*moved, *ranges, *settings)]
+
+    def pack_rows(self, rows: Tensor, bits: Bits) -> Tensor:
+        """The kernel, whatever the public function takes on a GPU."""
+        packed: Tensor = torch.ops.xeco.pack_rows(on_gpu(rows), layout_number(bits, rows.shape[-1]))
+        return packed.cpu()
 
     def rope_and_append(self, *tensors: Tensor, positions: Tensor, block_table: Tensor | None = None) -> None:
         """c_kv, k_rope, cos, sin, c_kv_cache, k_rope_cache: the caches are changed."""

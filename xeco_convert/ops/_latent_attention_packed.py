@@ -94,7 +94,10 @@ def latent_attention_packed_reference(
 ) -> tuple[Tensor, Tensor]:
     """The op written from the formula: rows widened, then the reference of `latent_attention`, in float32 or better."""
     layouts, wide = _Layouts(*settings[-2:]), torch.promote_types(q_latent.dtype, torch.float32)
-    rows = (unpack_rows(c_kv, bits_of_layout(layouts.latent), wide), unpack_rows(k_rope, bits_of_layout(layouts.rope), wide))
+    rows = (
+        unpack_rows(c_kv, bits_of_layout(layouts.latent), wide),
+        unpack_rows(k_rope, bits_of_layout(layouts.rope), wide),
+    )
     return latent_attention_reference(q_latent, q_rope, *rows, *settings[:-2])
 
 

@@ -7,6 +7,7 @@ Letters: B batch, Q new tokens, n numbers of a row.
 
 from __future__ import annotations
 
+import os
 from typing import cast
 
 import torch
@@ -23,13 +24,16 @@ _LIBRARY.define("pack_rows(Tensor rows, int layout) -> Tensor", tags=(torch.Tag.
 
 
 def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
-    """Rows [B, Q, n] (floating, any strides) as uint8 [B, Q, n · bits / 8 + 2], without a gradient.
+    """Rows [B, Q, n] (floating, any strides) as uint8 [B, Q, n · bits / 8 + 2], without a gradient. On a GPU plain torch
+    computes, unless XECO_ATTENTION=fused takes the kernel.
 
     bits: 8, 4 (n even), or bit planes (n a multiple of 8): 6, 3, or how many numbers each of two to seven planes reaches. Raises
     `ValueError` for others.
     """
     rows = rows.detach()
-    if rows.dtype == torch.float64 or rows.shape[-1] == 0:
+    # The GPU's kernel has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
+    unasked = rows.is_cuda and os.environ.get("XECO_ATTENTION") != "fused"
+    if unasked or rows.dtype == torch.float64 or rows.shape[-1] == 0:
         return pack_rows_reference(rows, bits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

@@ -13,6 +13,7 @@
 //                                            16 bytes from global to shared memory, of which the first `bytes` are read
 //                                            and the others become zeros; in groups, the last `pending` left open
 //   exp2(x), log2(x)                         the processor's own, about 2 ulp
+//   nearest(x), whole(x), root(x)            rounded to even, rounded down; square root of a float64
 //   fmax(a, b)                               the larger number; the other one where one is NaN
 //   float_of(bits)                           the float32 that has these bits
 //   with_byte(base, word, at)                base, whose second byte is that of word with this number, 0 the lowest

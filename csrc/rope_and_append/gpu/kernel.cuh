@@ -2,25 +2,14 @@
 #pragma once
 
 #include "rope_and_append/gpu/kernels.h"
-#include "xeco/gpu_compat.h"
+#include "xeco/gpu/elements.h"
 
 namespace xeco::gpu {
-
-struct Float32 {
-  using Storage = float;
-  XECO_DEVICE static float widen(float value) { return value; }
-};
 
 XECO_DEVICE void store_rounded(Float32, float* to, float value) { *to = value; }
 template <class Element>
 XECO_DEVICE void store_rounded(Element, uint16_t* to, float value) {
   *to = static_cast<uint16_t>(Element::pack(value, 0.0f));
-}
-
-template <class Storage>
-XECO_DEVICE Storage* row_of(const RowsView& view, int64_t outer, int64_t row) {
-  return const_cast<Storage*>(static_cast<const Storage*>(view.data)) + outer * view.outer_stride +
-         row * view.row_stride;
 }
 
 // Where a token goes: its sequence or page, and the row in it. Stops the kernel for a slot or page that is not there.

@@ -59,6 +59,9 @@ XECO_DEVICE void wait_copies(int) {}
 
 XECO_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 XECO_DEVICE float log2(float x) { return __builtin_amdgcn_logf(x); }
+XECO_DEVICE float nearest(float x) { return __builtin_rintf(x); }
+XECO_DEVICE float whole(float x) { return __builtin_floorf(x); }
+XECO_DEVICE double root(double x) { return __builtin_sqrt(x); }
 XECO_DEVICE float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
 XECO_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 XECO_DEVICE uint32_t with_byte(uint32_t base, uint32_t word, int at) {

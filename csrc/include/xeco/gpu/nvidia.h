@@ -59,6 +59,9 @@ XECO_DEVICE float log2(float x) {
   return y;
 }
 
+XECO_DEVICE float nearest(float x) { return rintf(x); }
+XECO_DEVICE float whole(float x) { return floorf(x); }
+XECO_DEVICE double root(double x) { return sqrt(x); }
 XECO_DEVICE float fmax(float a, float b) { return fmaxf(a, b); }
 XECO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 XECO_DEVICE uint32_t with_byte(uint32_t base, uint32_t word, int at) {
