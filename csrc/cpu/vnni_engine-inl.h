@@ -149,13 +149,35 @@ static void code_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t 
     code_rows<2, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
 }
 
+// Which of the next 64 numbers a plane reaches that has `bytes` left.
+XECO_INLINE uint64_t reached_by(int64_t bytes) {
+  return bytes >= 8 ? ~uint64_t{0} : bytes <= 0 ? 0 : (uint64_t{1} << 8 * bytes) - 1;
+}
+
+// As bytes_of_planes, 64 numbers at a time; zeros behind the last one.
+static void spread_planes(const uint8_t* row, int64_t width, int64_t bits, uint8_t* to) {
+  for (int64_t i = 0; i < width; i += 64) {
+    __m512i bytes = _mm512_setzero_si512();
+    const uint8_t* plane = row + i / 8;
+    uint64_t next = reached_by(plane_bytes(bits, 0) - i / 8);
+    for (int p = 0; p < kMostPlanes && next != 0; ++p) {
+      const __m512i bit = _mm512_set1_epi8(static_cast<char>(0x80 >> p));
+      uint64_t ones = 0;
+      __builtin_memcpy(&ones, plane, static_cast<size_t>(min(8, plane_bytes(bits, p) - i / 8)));
+      bytes = _mm512_or_si512(bytes, _mm512_maskz_mov_epi8(ones, bit));
+      const uint64_t reached = next;
+      next = p + 1 < kMostPlanes ? reached_by(plane_bytes(bits, p + 1) - i / 8) : 0;
+      // numbers that end here have the bit behind set as well
+      bytes = _mm512_or_si512(bytes, _mm512_maskz_mov_epi8(reached & ~next, _mm512_set1_epi8(0x40 >> p)));
+      plane += plane_bytes(bits, p);
+    }
+    _mm512_storeu_si512(to + i, bytes);
+  }
+}
+
 // The codes of a row as bytes, `width` of them. Whole vectors are written: zeros follow the last code.
 static void spread_codes(const uint8_t* row, int64_t width, int64_t bits, uint8_t* to) {
-  if (lies_in_planes(bits)) {
-    bytes_of_planes(row, bits, to);
-    for (int64_t i = width; i < round_up(width, 64); ++i) to[i] = 0;
-    return;
-  }
+  if (lies_in_planes(bits)) return spread_planes(row, width, bits, to);
   const int64_t bytes = width * bits / 8;
   const __m512i low_half = _mm512_set1_epi8(15);
   const auto load = [&](int64_t i) {
