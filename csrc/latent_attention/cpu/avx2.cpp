@@ -4,6 +4,8 @@
 
 #if defined(XECO_X86_KERNELS)
 
+#include "cpu/intrinsics.h"
+
 #define XECO_ISA avx2
 #define XECO_LANES 8
 #define XECO_TARGET "avx2,fma,f16c"

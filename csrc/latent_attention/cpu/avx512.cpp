@@ -4,6 +4,8 @@
 
 #if defined(XECO_X86_KERNELS)
 
+#include "cpu/intrinsics.h"
+
 #define XECO_ISA avx512
 #define XECO_LANES 16
 #define XECO_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
