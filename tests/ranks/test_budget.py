@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
 from xeco_convert.errors import OptionError
-from xeco_convert.ranks import Widths
-from xeco_convert.ranks.budget import candidate_widths, default_multiple, full_splits, rope_step, split_budget
+from xeco_convert.ranks import CacheFacts, Widths
+from xeco_convert.ranks.budget import (
+    candidate_widths,
+    default_multiple,
+    full_splits,
+    rope_step,
+    split_budget,
+    with_the_rest,
+)
 
 OFFERS = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank, rope in [(4, 2), (4, 4), (8, 2), (8, 4), (12, 6)]]
 
@@ -44,6 +52,50 @@ def test_the_split_is_the_best_of_all(seed: int) -> None:
         )
         assert sum(offer.total for offer in chosen) <= budget
         assert sum(layer[offer] for layer, offer in zip(costs, chosen, strict=True)) == pytest.approx(best)
+
+
+def coded(rank: int, bits: int = 3) -> Widths:
+    return Widths(kv_lora_rank=rank, qk_rope_head_dim=8, latent_bits=bits, rope_bits=6)
+
+
+def facts_of(**changes: Any) -> CacheFacts:
+    """Three layers of up to 64 ranks, whose rows take whole bytes and two for the scale."""
+    known: dict[str, Any] = {
+        "cache_width": 128,
+        "num_layers": 3,
+        "numbers_before": 384,
+        "numbers_kept": 0,
+        "number_bytes": 2,
+    }
+    known |= {"full_rank": 64, "most_rope_dim": 32, "same_widths": False, "bits": ((3, 6),)}
+    size = lambda widths: widths.kv_lora_rank * widths.latent_bits // 8 + 8  # noqa: E731
+    whole = lambda widths: widths.kv_lora_rank % 8 == 0  # noqa: E731
+    return CacheFacts(**{**known, "layer_bytes": size, "can_cache": whole, **changes})
+
+
+def test_what_is_left_goes_to_the_ranks_that_save_most() -> None:
+    falls = ((1.0, 0.5), (1.0, 0.9), (0.2, 0.1))  # what 16 and 32 ranks cost
+    costs = [{coded(16): low, coded(32): high} for low, high in falls]
+    chosen, facts = [coded(16)] * 3, facts_of()
+    budget = 3 * 14
+    assert with_the_rest(chosen, costs, budget + 2, facts) == chosen
+    ranks = [
+        [each.kv_lora_rank for each in with_the_rest(chosen, costs, budget + 3 * more, facts)] for more in range(1, 6)
+    ]
+    # the first falls by a square root of 2 with 8 ranks, and so does the third, from less
+    assert ranks[0] == [24, 16, 16] and ranks[1] == [32, 16, 16]
+    assert all(sum(each) == 48 + 8 * more for more, each in enumerate(ranks, 1))
+    assert all(later[layer] >= each[layer] for each, later in itertools.pairwise(ranks) for layer in range(3))
+    filled = with_the_rest(chosen, costs, 10_000, facts)
+    assert [each.kv_lora_rank for each in filled] == [64] * 3
+
+
+def test_the_rest_leaves_numbers_of_16_bits_and_a_given_multiple_as_they_are() -> None:
+    wide = Widths(kv_lora_rank=16, qk_rope_head_dim=8)
+    assert with_the_rest([wide], [{wide: 1.0}], 10_000, facts_of()) == [wide]
+    for step, expected in ((16, 64), (32, 48), (2, 16)):  # rows of 18 numbers in 3 bits are no whole bytes
+        found = with_the_rest([coded(16)], [{coded(16): 1.0}], 10_000, facts_of(), step)
+        assert found[0].kv_lora_rank == expected
 
 
 def test_a_sensitive_layer_gets_more() -> None:

@@ -19,6 +19,7 @@ Size = Callable[[Widths], int]  # bytes that some widths cache per token
 
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
 _MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
+_REST = 8  # ranks that what is left is spent on at a time: a byte in each bit plane
 _LEAST_CANDIDATES = 12  # of each number of bits where several are on offer
 
 
@@ -104,8 +105,11 @@ class KvBudget(RankPolicy):
                 most = max(_LEAST_CANDIDATES, _MOST_CANDIDATES // len(facts.bits))
                 some = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, numbers, most=most)
             offers += [replace(widths, latent_bits=bits[0], rope_bits=bits[1]) for widths in some]
-        choose = same_widths if facts.same_widths else split_budget
-        return list(choose(survey.costs(offers, average), budget, facts.layer_bytes))
+        costs = survey.costs(offers, average)
+        if facts.same_widths:
+            return list(same_widths(costs, budget, facts.layer_bytes))
+        chosen = split_budget(costs, budget, facts.layer_bytes)
+        return with_the_rest(chosen, costs, budget, facts, self.rank_multiple or _REST)
 
 
 def affordable_numbers(size: float, bits: tuple[int, int], facts: CacheFacts) -> float:
@@ -204,6 +208,42 @@ def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int, size_of: 
         best, pick = _add_layer(best, _cheapest_by_steps(offers, unit, size_of), steps)
         picks.append(pick)
     return _trace(picks, steps, unit, size_of)
+
+
+def with_the_rest(
+    chosen: Sequence[Widths], costs: Sequence[Mapping[Widths, float]], budget: int, facts: CacheFacts, step: int = _REST
+) -> list[Widths]:
+    """What the offers, which are far apart, leave of the budget goes to the ranks of layers that cache codes, `step` at a time,
+    where it is expected to save most. Numbers of 16 bits keep the ranks that attention kernels like."""
+    widths, rest = list(chosen), budget - sum(map(facts.layer_bytes, chosen))
+    now = [offers[each] for offers, each in zip(costs, chosen, strict=True)]
+    kept = [_share_kept(offers, each, step) for offers, each in zip(costs, chosen, strict=True)]
+    while True:
+        gains: dict[int, float] = {}
+        for layer, each in enumerate(widths):
+            wider = replace(each, kv_lora_rank=each.kv_lora_rank + step)
+            extra = facts.layer_bytes(wider) - facts.layer_bytes(each)
+            fits = extra <= rest and wider.kv_lora_rank <= facts.full_rank and facts.can_cache(wider)
+            if fits and each.latent_bits != 16:
+                gains[layer] = now[layer] * (1 - kept[layer]) / extra
+        if not gains:
+            return widths
+        best = max(gains, key=lambda layer: gains[layer])
+        wider = replace(widths[best], kv_lora_rank=widths[best].kv_lora_rank + step)
+        rest -= facts.layer_bytes(wider) - facts.layer_bytes(widths[best])
+        widths[best], now[best] = wider, now[best] * kept[best]
+
+
+def _share_kept(offers: Mapping[Widths, float], widths: Widths, step: int) -> float:
+    """Of a layer's cost by `step` more ranks, as the offers that differ in the rank alone have it (geometric between them)."""
+    others = [
+        offer for offer in offers if replace(offer, kv_lora_rank=widths.kv_lora_rank) == widths and offer != widths
+    ]
+    if not others or offers[widths] <= 0:
+        return widths.kv_lora_rank / (widths.kv_lora_rank + step)
+    other = min(others, key=lambda offer: abs(offer.kv_lora_rank - widths.kv_lora_rank))
+    steps = (other.kv_lora_rank - widths.kv_lora_rank) / step
+    return float(min(1.0, (max(offers[other], 1e-300) / offers[widths]) ** (1 / steps)))
 
 
 def same_widths(costs: Sequence[Mapping[Widths, float]], budget: int, size_of: Size) -> tuple[Widths, ...]:
