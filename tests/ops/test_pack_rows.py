@@ -45,6 +45,12 @@ def test_any_view_gives_the_same_bytes(bits: Bits) -> None:
         assert torch.equal(pack_rows(view, bits), reference.pack_rows(view.contiguous(), bits))
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3, (2048, 2048, 64)])
+def test_rows_wider_than_kernels_take_are_packed_too(bits: Bits) -> None:
+    rows = numbers(1, 2, 2048)
+    assert torch.equal(pack_rows(rows, bits), reference.pack_rows(rows, bits))
+
+
 def test_no_gradient_passes_and_no_row_is_needed() -> None:
     assert not pack_rows(numbers(1, 2, 8).requires_grad_(), 8).requires_grad
     assert pack_rows(torch.zeros(1, 2, 0), 8).shape == (1, 2, 0)

@@ -248,7 +248,6 @@ class LatentSelfAttention(nn.Module):
             ranges, obstacle = _ranges(mask, c_kv.shape[1])
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
         implementation = choose(call, requested).implementation
-        bits = (self.latent_bits, self.rope_bits)
         reads_codes = c_kv.dtype == k_rope.dtype == torch.uint8 and self.qk_rope_head_dim > 0
         reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type, requested)
         reads_codes = reads_codes and not needs_gradients
@@ -274,7 +273,7 @@ class LatentSelfAttention(nn.Module):
                 softcap=self.logit_softcap,
                 dtype=dtype,
                 ranges=ranges,
-                bits=bits if reads_codes else None,
+                bits=(self.latent_bits, self.rope_bits) if reads_codes else None,
             )
         else:
             out_BQHR = absorbed_attention(

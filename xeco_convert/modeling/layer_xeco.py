@@ -136,8 +136,7 @@ class MlaLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json: plain JSON types."""
-        entry = self._widths()
-        entry = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+        entry = {name: list(value) if isinstance(value, tuple) else value for name, value in self._widths().items()}
         # older releases know no bits: they read what they can, and refuse the rest
         return {name: value for name, value in entry.items() if name not in _BITS or value != 16}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xeco_convert.ops.checks import check_float, check_tensor, run_checked
 from xeco_convert.ops.extension import first_loaded_for
-from xeco_convert.ops.packed_rows import SCALE_BYTES, Bits, bits_of_layout, layout_number, planes_of
+from xeco_convert.ops.packed_rows import MOST_NUMBERS, SCALE_BYTES, Bits, bits_of_layout, layout_number, planes_of
 from xeco_convert.ops.packed_rows import pack_rows as pack_rows_reference
 
 _OP = "pack_rows"
@@ -33,7 +33,7 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     rows = rows.detach()
     # The GPU's kernel has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
     unasked = rows.is_cuda and os.environ.get("XECO_ATTENTION") != "fused"
-    if unasked or rows.dtype == torch.float64 or rows.shape[-1] == 0:
+    if unasked or rows.dtype == torch.float64 or not 0 < rows.shape[-1] <= MOST_NUMBERS:
         return pack_rows_reference(rows, bits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

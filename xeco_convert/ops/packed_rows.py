@@ -30,6 +30,7 @@ Bits = int | tuple[int, ...]
 # Largest number that has a code of its own, in units of the row's rms, by bits: near the best for normal numbers.
 CLIP = {1: 0.8, 2: 1.55, 3: 2.2, 4: 2.75, 5: 3.1, 6: 3.4, 7: 3.7, 8: 4.0}
 MOST_PLANES = 7
+MOST_NUMBERS = 127 * 8  # of a row that kernels take: seven bits say how many bytes a plane has
 SCALE_BYTES = 2
 _LEAST = 2.0**-126  # scale of a row of zeros
 
@@ -43,6 +44,8 @@ def layout_number(bits: Bits, width: int) -> int:
     """What the kernels take for `bits`: 8 and 4 themselves, else 7 bits for each plane, the multiple of 8 that it reaches."""
     if bits in (8, 4):
         return int(bits)  # type: ignore[arg-type]
+    if width > MOST_NUMBERS:
+        raise ValueError(f"rows in bit planes: kernels take at most {MOST_NUMBERS} numbers, found {width}")
     return sum(reached // 8 << 7 * number for number, reached in enumerate(planes_of(bits, width)))
 
 
