@@ -26,6 +26,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 VOCABULARY = 96
 HEAD_DIM = 16
 LAYERS = {"gemma3_text": 6, "smollm3": 4}  # one period of the pattern of layers; two layers elsewhere
+# Fields in which published models differ that no weight and no product of attention depends on.
+OUTSIDE_ATTENTION = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "router_aux_loss_coef"),
+    *("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "output_router_logits", "pretraining_tp"),
+)
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +113,16 @@ def ids(count: int) -> torch.Tensor:
 
 def convert(source: Path, output: Path, **options: Any) -> None:
     tokens = str(source.parent / "tokens.json")
-    xeco_convert.convert(source, output, calibration=tokens, calibration_tokens=1120, verify=True, **options)
+    xeco_convert.convert(source, output, calibration=tokens, calibration_tokens=1120, **options)
+
+
+def by_attention() -> list[str]:
+    """One model of every kind of attention: of those that are alike when shrunk, the first."""
+    kinds: dict[str, str] = {}
+    for name, config in PUBLISHED.items():
+        kept = {field: value for field, value in shrunk(config).items() if field not in OUTSIDE_ATTENTION}
+        kinds.setdefault(json.dumps(kept, sort_keys=True), name)
+    return list(kinds.values())
 
 
 def test_every_family_has_its_published_files() -> None:
@@ -116,9 +131,10 @@ def test_every_family_has_its_published_files() -> None:
         assert {config["model_type"] for config in json.loads(file.read_text(encoding="utf-8")).values()} == {file.stem}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", by_attention())
 @torch.no_grad()
 def test_a_published_model_is_converted_exactly_at_full_width(name: str, tmp_path: Path) -> None:
+    """Without --verify: all logits are compared with the source's."""
     source = write_source(tmp_path / "source", name)
     plan = make_plan(CheckpointIndex.open(source), ConvertOptions(rank=8, layers=everything(name)))
     geometry, rotary = plan.source.geometry, max(item.kind.rotary_dim for item in plan.layers)
@@ -137,7 +153,7 @@ def test_a_published_model_is_converted_exactly_at_full_width(name: str, tmp_pat
 @torch.no_grad()
 def test_a_published_model_generates_with_half_the_cache(name: str, tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", name)
-    convert(source, tmp_path / "out", kv_size="50%")
+    convert(source, tmp_path / "out", kv_size="50%", rank_multiple=8, verify=True)  # few widths to choose from
     model, prompt = load(tmp_path / "out"), ids(6)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     output = model.generate(prompt, return_dict_in_generate=True, output_logits=True, **settings)
