@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -117,6 +118,14 @@ def pytest_groups_in_node_ids(config: pytest.Config, items: list[pytest.Item]) -
             item._id = type(item._id).parse(told)
         if getattr(config.option, "loadgroup", False) and item.get_closest_marker("xdist_group"):
             assert "@" in item.nodeid, "pytest-xdist would spread the group of this test over all workers"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage at their ends, in a quarter of a second each time where all of torch, transformers and the tests
+    is looked through: what is here by now stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str | None:
