@@ -1,5 +1,6 @@
 """The demo compares generation with a cache, without one and in a batch, and fails where they differ."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import xeco_convert
+from xeco_convert.cli.convert import convert_command
 from xeco_convert.demo import MODEL_FOLDER
 from xeco_convert.demo.__main__ import check_generation, demo_command
 from xeco_convert.errors import VerificationError
@@ -48,9 +50,19 @@ def test_padding_that_attention_does_not_skip_is_found(converted_demo: Path, mon
         check_generation(converted_demo, PROMPT)
 
 
-@pytest.mark.slow
-def test_the_demo_ends_with_an_error_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_ends_with_an_error_where_they_differ(
+    converted_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversion itself, which takes longest, is planned by the command that the demo calls; its folder is another's."""
+    plan = convert_command.main
+
+    def convert(args: list[str], **settings: Any) -> None:
+        plan(args=[*args, "--dry-run"], **settings)
+        shutil.copytree(converted_demo, args[1])
+
+    monkeypatch.setattr(convert_command, "main", convert)
     monkeypatch.setattr(LatentSelfAttention, "_update", lambda _self, _cache, c_kv, k_rope: (c_kv, k_rope))
     done = CliRunner().invoke(demo_command, ["--output", str(tmp_path / "out")])
     assert done.exit_code != 0
     assert isinstance(done.exception, VerificationError), done.exception
+    assert "KV cache" in done.output  # of the plan
