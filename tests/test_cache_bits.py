@@ -131,12 +131,13 @@ def test_refinement_trains_through_the_codes(stories: Path, shared: Path, tmp_pa
         "rope_dim": 8,
         "cache_bits": "4",
         "calibration": text,
-        "calibration_tokens": 4096,
+        "calibration_tokens": 2048,
+        "layers": "1,3",
     }
     plain = xeco_convert.convert(stories, tmp_path / "plain", **options)
-    refined = xeco_convert.convert(stories, tmp_path / "refined", refine=True, refine_steps=15, **options)
-    assert refined.summary["fidelity"]["kl"] < 0.85 * plain.summary["fidelity"]["kl"]
-    assert all(layer.latent_bits == 4 for layer in refined.layers)
+    refined = xeco_convert.convert(stories, tmp_path / "refined", refine=True, refine_steps=8, **options)
+    assert refined.summary["fidelity"]["kl"] < 0.85 * plain.summary["fidelity"]["kl"]  # 0.75 observed
+    assert [layer.latent_bits for layer in refined.layers] == [None, 4, None, 4, None]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
