@@ -10,6 +10,7 @@ import torch
 from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.cli import main
 from xeco_convert.demo import MODEL_FOLDER
+from xeco_convert.demo.language import generate_text
 from xeco_convert.inits.calibrated import measurements
 from xeco_convert.options import ConvertOptions
 from xeco_convert.plan import make_plan
@@ -25,9 +26,17 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def report() -> SweepReport:
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of the embedded model's language: sampling it takes longer than most else. One test has it sampled."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(generate_text(num_stories=100, seed=3), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def report(text: Path) -> SweepReport:
     """Three sizes, one of them out of reach, in an order that is not sorted."""
-    options = ConvertOptions(kv_size="100%", calibration_tokens=TOKENS)
+    options = ConvertOptions(kv_size="100%", calibration=str(text), calibration_tokens=TOKENS)
     return sweep(MODEL_FOLDER, ("25%", "5%", "50%"), options)
 
 
@@ -43,10 +52,10 @@ def test_perplexity_falls_and_agreement_grows_with_the_size(report: SweepReport)
 
 
 def test_every_number_of_bits_is_a_curve_and_the_best_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["--json", tmp_path / "sweep.json", "--html", tmp_path / "sweep.html"]
-    sizes = ["--kv-sizes", "40,20,8", "--cache-bits", "16,4", "--calibration-tokens", TOKENS]
+    sizes = ["--kv-sizes", "40,20,8", "--cache-bits", "16,4", "--calibration", text, "--calibration-tokens", TOKENS]
     assert run("sweep", MODEL_FOLDER, *sizes, *files) == 0
     out = capsys.readouterr().out
     points = json.loads((tmp_path / "sweep.json").read_text())["points"]
@@ -84,9 +93,10 @@ def test_the_page_and_the_data_have_a_row_for_each_size(report: SweepReport) -> 
 
 
 def test_a_second_size_reuses_text_and_statistics_and_changes_nothing(
-    report: SweepReport, monkeypatch: pytest.MonkeyPatch
+    report: SweepReport, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = make_plan(CheckpointIndex.open(MODEL_FOLDER), ConvertOptions(kv_size="50%", calibration_tokens=TOKENS))
+    options = ConvertOptions(kv_size="50%", calibration=str(text), calibration_tokens=TOKENS)
+    plan = make_plan(CheckpointIndex.open(MODEL_FOLDER), options)
     begin = partial(plan.options.initialisation.begin, plan, torch.device("cpu"), lambda what, share: None)
     alone = begin()
     final = plan.with_widths_of(alone)
