@@ -227,8 +227,7 @@ def test_the_demo_model_keeps_its_quality_and_the_report_says_so(story: Path, tm
     published = demo_fidelity(tmp_path / "paper", measured)
     assert fidelity.gap < 0.25 * published.gap and fidelity.kl < 0.25 * published.kl
 
-    refined = xeco_convert.convert(
-        MODEL_FOLDER, tmp_path / "refined", rank=48, rope_dim=16, refine=True, refine_steps=8, **common
-    )
-    plain = xeco_convert.convert(MODEL_FOLDER, tmp_path / "plain", rank=48, rope_dim=16, **common)
-    assert refined.summary["fidelity"]["kl"] < plain.summary["fidelity"]["kl"]
+    widths = {**common, "rank": 48, "rope_dim": 16, "calibration_tokens": 1024}
+    refined = xeco_convert.convert(MODEL_FOLDER, tmp_path / "refined", refine=True, refine_steps=8, **widths)
+    plain = xeco_convert.convert(MODEL_FOLDER, tmp_path / "plain", **widths)
+    assert refined.summary["fidelity"]["kl"] < 0.75 * plain.summary["fidelity"]["kl"]  # 0.51 observed

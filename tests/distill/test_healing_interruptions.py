@@ -38,7 +38,7 @@ RUN = (
     "--held-out-tokens",
     "256",
 )
-LONG = (*RUN, "--budget-tokens", "7680", "--trainer", "save_steps=7", "--trainer", "eval_steps=1000")  # 60 steps
+LONG = (*RUN, "--budget-tokens", "4096", "--trainer", "save_steps=7", "--trainer", "eval_steps=1000")  # 32 steps
 
 
 def start(folder: Path, *options: str) -> Program:

@@ -39,9 +39,10 @@ def stage_of(student: Path, source: Path, folder: Path, **options: object) -> La
 
 
 @pytest.fixture(scope="module")
-def calibrated_demo(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated_demo(teacher_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("calibrated") / "out"
-    xeco_convert.convert(teacher_folder, output, rank=24, rope_dim=16, calibration_tokens=2048, latent_norm=True)
+    settings = {"calibration": str(text), "calibration_tokens": 1024, "latent_norm": True}
+    xeco_convert.convert(teacher_folder, output, rank=24, rope_dim=16, **settings)
     return output
 
 
