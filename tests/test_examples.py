@@ -95,9 +95,9 @@ def test_convert_heal_serve(tmp_path: Path, text: Path, capsys: pytest.CaptureFi
     settings = {
         "--text": text,
         "--calibration-tokens": 512,
-        "--heal-tokens": 2048,
+        "--heal-tokens": 1024,
         "--layer-steps": 4,
-        "--eval-tokens": 1024,
+        "--eval-tokens": 512,
     }
     pairs = [part for flag, value in settings.items() for part in (flag, str(value))]
     run_example("convert_heal_serve.py", str(MODEL_FOLDER), str(tmp_path / "work"), *pairs)

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import build_checkpoint, source_config, write_json, write_weights
-from fresh import start_command
+from builders import build_checkpoint, random_ids, source_config, write_json, write_weights
+from fresh import Program, start_command
 from safetensors.torch import load_file
 
 import xeco_convert
@@ -60,16 +60,16 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def interrupted(slow_source: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Starts the command, sends it a signal as soon as its temporary folder is there, and waits for its end."""
+    """Starts the command, sends it a signal as soon as its temporary folder is there, and waits for its end. `anew`: in a new
+    interpreter, not a forked one (fresh.py)."""
 
-    def run(number: signal.Signals, *options: str) -> subprocess.CompletedProcess[str]:
+    def run(number: signal.Signals, *options: str, anew: bool = False) -> subprocess.CompletedProcess[str]:
         command = [str(COMMAND), str(slow_source), str(tmp_path / "out"), *PAPER, *options]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process: subprocess.Popen[str] | Program
+        if anew:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        else:
+            process = start_command("xeco-convert", *command[1:])
         tick = threading.Event()
         while process.poll() is None and not any(tmp_path.glob(".out.*/*.safetensors")):
             tick.wait(0.01)
@@ -85,7 +85,7 @@ def interrupted(slow_source: Path, tmp_path: Path) -> Callable[..., subprocess.C
 def test_a_signal_in_the_middle_leaves_nothing(
     interrupted: Callable[..., subprocess.CompletedProcess[str]], number: signal.Signals, tmp_path: Path
 ) -> None:
-    done = interrupted(number)
+    done = interrupted(number, anew=number is signal.SIGINT)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().splitlines()[-1] == "xeco-convert: interrupted; nothing was written."
     assert "Traceback" not in done.stderr
@@ -94,15 +94,16 @@ def test_a_signal_in_the_middle_leaves_nothing(
 
 LAYERS_DONE = "; what was finished is kept in {work}, and the same command continues from there."
 NO_WORK_FOLDER = ". With --work-dir FOLDER finished layers are kept, and the same command goes on from them."
+TEXT = ("--calibration", "{tokens}", "--calibration-tokens", "1024")  # sampling it would take longer than all else
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "convert": (("{source}", "{out}", "--rank", "12"), "interrupted; nothing was written" + NO_WORK_FOLDER),
+    "convert": (("{source}", "{out}", "--rank", "12", *TEXT), "interrupted; nothing was written" + NO_WORK_FOLDER),
     "convert with a folder": (
-        ("{source}", "{out}", "--rank", "12", "--work-dir", "{work}"),
+        ("{source}", "{out}", "--rank", "12", *TEXT, "--work-dir", "{work}"),
         "interrupted; nothing was written" + LAYERS_DONE,
     ),
-    "sweep": (("sweep", "{source}", "--kv-sizes", "50"), "interrupted; nothing was written" + NO_WORK_FOLDER),
+    "sweep": (("sweep", "{source}", "--kv-sizes", "50", *TEXT), "interrupted; nothing was written" + NO_WORK_FOLDER),
     "sweep with a folder": (
-        ("sweep", "{source}", "--kv-sizes", "50", "--work-dir", "{work}"),
+        ("sweep", "{source}", "--kv-sizes", "50", *TEXT, "--work-dir", "{work}"),
         "interrupted; nothing was written" + LAYERS_DONE,
     ),
     "export": (("export", "{converted}", "{out}"), "interrupted; nothing was written."),
@@ -125,6 +126,8 @@ def test_every_command_says_what_is_kept_and_how_to_go_on(
     monkeypatch.setattr(TensorReader, "read", read)
     monkeypatch.setattr("xeco_convert.export.pipeline._Export._write_weights", read)
     places = {"source": source, "converted": converted, "out": tmp_path / "out", "work": tmp_path / "work"}
+    places["tokens"] = tmp_path / "tokens.json"
+    write_json(places["tokens"], random_ids(40, 64).tolist())
     arguments, sentence = COMMANDS[command]
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import build_checkpoint
 from commands import Runner
+from fresh import run_fresh
 from plots import rendered
 from safetensors.torch import load_file
 
@@ -174,10 +175,11 @@ def test_a_hub_id_is_taken_from_the_cache_at_its_revision(run: Runner, hub_cache
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_a_revision_that_the_cache_lacks_is_told(run: Runner, hub_cache: Path, tmp_path: Path) -> None:
-    environment = {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
-    arguments = ("xeco-convert", HUB_ID, tmp_path / "out", "--rank", 12, "--revision", "v2")
-    done = run(*arguments, code=1, environment=environment)
+def test_a_revision_that_the_cache_lacks_is_told(hub_cache: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    arguments = (HUB_ID, str(tmp_path / "out"), "--rank", "12", "--revision", "v2")
+    done = run_fresh("from xeco_convert.cli import main; main()", *arguments, environment=environment)
+    assert done.returncode == 1
     assert done.stderr.startswith(f"xeco-convert: {HUB_ID}: neither a folder nor a model that the Hugging Face hub")
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
