@@ -19,6 +19,7 @@ from xeco_convert.demo.language import generate_text
 from xeco_convert.evaluate import Fidelity, measure_fidelity
 from xeco_convert.report import ConversionReport
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 GROUPS = {"llama_mha": 4, "llama_mqa": 1}
 # the other families are in tests/families, with what each of them allows
 CASES = [(variant, 1) for variant in VARIANTS if variant.startswith(("llama_", "mistral_", "qwen2_"))] + [("qwen2", 3)]

@@ -19,6 +19,7 @@ from xeco_convert.pretrained import load_causal_lm
 from xeco_convert.source import open_source
 
 Tensors = dict[str, Tensor]
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def parameters(folder: Path) -> Tensors:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xeco_convert
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 # Llama 2, Llama 3, Qwen2.5 and Gemma 3, SmolLM3, Granite 3.3
 BASES = [1e4, 5e5, 1e6, 5e6, 1e7]
 WIDE = {"head_dim": 16}
@@ -115,8 +115,9 @@ def test_every_family_stays_in_the_range_of_its_source(variant: str, tmp_path: P
     assert_in_range(source, convert(source, tmp_path / "out", rope_dim=rope))
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("variant", ["llama", "granite"])
+@pytest.mark.parametrize(
+    ("variant", "base"), [*(("llama", base) for base in BASES), ("granite", BASES[0]), ("granite", BASES[-1])]
+)
 def test_every_published_base_stays_in_range(variant: str, base: float, tmp_path: Path) -> None:
     changes = {"hidden_size": 64, **WIDE, **(GRANITE if variant == "granite" else {})}
     source = source_with(tmp_path / "in", variant, base, **changes)

@@ -50,6 +50,7 @@ from xeco_convert.report import ConversionReport
 from xeco_convert.source import open_source
 from xeco_distill.pipeline import heal
 
+pytestmark = pytest.mark.usefixtures("without_plots")  # but for the conversions that tests share
 MODELS = ("gemma3", "mistral3", "llava")  # each with a text model, an image encoder and masks of its own
 Converted = tuple[Path, Path, ConversionReport]
 

@@ -33,8 +33,7 @@ ORDERS = {
         LOAD,
     ),
     "AutoConfig alone": ("import xeco_convert", CONFIG),
-    "AutoTokenizer alone": ("import xeco_convert", TOKENIZER),
-    "AutoTokenizer, then a model": ("import xeco_convert", TOKENIZER, LOAD),
+    "AutoTokenizer alone, then a model": ("import xeco_convert", TOKENIZER, LOAD),
     "transformers after": ("import xeco_convert", "import transformers", LOAD, TOKENIZER, CONFIG),
     "transformers before": ("import transformers", "import xeco_convert", CONFIG, LOAD, TOKENIZER),
     "a configuration class before": ("from transformers import LlamaConfig", "import xeco_convert", CONFIG, LOAD),
@@ -57,7 +56,7 @@ ORDERS = {
 EVERY_FAMILY = """
 import sys
 import xeco_convert
-assert not {"torch", "transformers"} & set(sys.modules), "an import of the package alone starts torch or transformers"
+assert "transformers" not in sys.modules, "an import of the package alone starts transformers"
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto, tokenization_auto
 assert not any(name.startswith("xeco_convert.modeling") for name in sys.modules), "a class was made that nobody asked for"
@@ -112,7 +111,7 @@ def test_converted_folders_load_in_every_order_of_imports(order: str, llama: Pat
 
 @pytest.mark.slow
 def test_every_family_is_registered_by_its_names_and_its_classes_are_made_when_asked_for() -> None:
-    done = run(EVERY_FAMILY)
+    done = run_fresh(EVERY_FAMILY)
     assert done.returncode == 0, done.stderr
     names = [spec.class_prefix for spec in supported_model_types().values()]
     expected = sorted(

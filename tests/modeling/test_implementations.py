@@ -75,8 +75,11 @@ def text(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **settin
 
 
 @needs_extension
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lengths", [(10, 10), (10, 3, 1)])
+@pytest.mark.parametrize(
+    ("way", "lengths"),
+    # without padding there is a mask less in a forward pass with a cache of either kind, and no other difference
+    [*((way, (10, 3, 1)) for way in WAYS), ("greedy", (10, 10)), ("static cache", (10, 10))],
+)
 def test_kernels_and_reference_write_the_same_text(
     model: PreTrainedModel, way: str, lengths: tuple[int, ...], force: Force, kernel_calls: list[str], decode_op: str
 ) -> None:
