@@ -126,7 +126,7 @@ def test_every_initialisation_turns_its_latents(
 
 
 @pytest.mark.slow
-def test_refinement_trains_through_the_codes(stories: Path, shared: Path, tmp_path: Path) -> None:
+def test_refinement_lowers_what_a_layer_in_codes_loses(stories: Path, shared: Path, tmp_path: Path) -> None:
     text = str(shared / "text" / "stories260k_samples.json")
     options: dict[str, Any] = {
         "rank": 16,

@@ -94,7 +94,14 @@ def test_every_case_becomes_a_line_of_the_table() -> None:
     for measure in parts:
         bench.collect(measure, results, StillClock(), CEILINGS)
     assert results["failures"] == []
-    assert [line["unit"] for line in results["cases"]] == ["GB/s", "GB/s", "x", "TFLOP/s", "x", *["GB/s"] * len(bench.CODES)]
+    assert [line["unit"] for line in results["cases"]] == [
+        "GB/s",
+        "GB/s",
+        "x",
+        "TFLOP/s",
+        "x",
+        *["GB/s"] * len(bench.CODES),
+    ]
     assert results["cases"][0]["figure"] == DECODE.cache_bytes / 1e6
     assert results["cases"][2]["share"] == 2.0 and results["cases"][4]["share"] == 2.0
     of_codes = results["cases"][5]

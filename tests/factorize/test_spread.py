@@ -110,6 +110,23 @@ def test_codes_lose_less_of_turned_latents_before_and_after_balancing(
     assert lost(balanced) < 1.1 * lost(turned)
 
 
+@pytest.mark.parametrize(("latent_bits", "rope_bits"), [(4, 8), (3, 6), (16, 4)])
+def test_weights_are_trained_on_what_the_codes_give_back(latent_bits: int, rope_bits: int) -> None:
+    """With gradients the output is that of the codes too, and its gradient that of the layer without them, at those values."""
+    source, x = random_attention(4, 2), gaussian_inputs()
+    context = context_of(source)
+    layer = calibrated(source, x, context)
+    mla = with_codes(layer.factors(16, 8), 4, latent_bits, rope_bits, layer.energies(16, 8))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in mla.tensors().items()}
+    found = mla_output(mla.with_tensors(leaves), 4, x, context)
+    expected = mla_output(mla, 4, x, context)
+    wide = mla_output(dataclasses.replace(mla, latent_bits=16, rope_bits=16), 4, x, context)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
+    assert float((expected - wide).norm() / wide.norm()) > 1e-4
+    gradients = torch.autograd.grad(found.square().sum(), list(leaves.values()))
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
+
+
 def test_turned_rows_are_alike() -> None:
     """The largest number of a token beside the rms of its latent: what decides on the scale of its codes."""
     source, x = random_attention(4, 2), gaussian_inputs(windows=32)
