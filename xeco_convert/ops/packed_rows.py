@@ -69,9 +69,16 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     infinity come back as NaN, whole rows of them."""
     if rows.shape[-1] == 0:
         return rows.new_empty(rows.shape, dtype=torch.uint8)
-    # in float64 sums do not depend on their order: the kernels give the same bytes (Apple's GPUs have no float64)
-    values = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
-    codes, scale = _in_codes(values, bits) if bits in (8, 4) else _in_planes(values, planes_of(bits, rows.shape[-1]))
+    if bits in (8, 4):
+        numbers, scale = _in_codes(_wide(rows), int(bits))  # type: ignore[arg-type]
+        codes = numbers.to(torch.uint8)
+        if bits == 4:
+            low, high = codes.chunk(2, dim=-1)
+            codes = low | (high << 4)
+    else:
+        planes = planes_of(bits, rows.shape[-1])
+        numbers, scale = _in_planes(_wide(rows), planes)
+        codes = _planes_of_bytes(numbers.to(torch.uint8), planes)
     return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
 
 
@@ -97,7 +104,15 @@ def as_cached(rows: Tensor, bits: Bits) -> Tensor:
     (straight-through estimator, arXiv 1308.3432)."""
     if bits == 16 or rows.shape[-1] == 0:
         return rows
-    rounded = unpack_rows(pack_rows(rows.detach(), bits), bits, rows.dtype)
+    values = _wide(rows.detach())
+    if bits in (8, 4):
+        codes, scale = _in_codes(values, int(bits))  # type: ignore[arg-type]
+        middle = (2 ** int(bits) - 1) / 2  # type: ignore[arg-type]
+    else:
+        planes = planes_of(bits, rows.shape[-1])
+        codes, scale = _in_planes(values, planes)
+        codes, middle = codes + _behind(planes, codes), 128.0
+    rounded: Tensor = ((codes - middle) * scale.float()).to(rows.dtype)
     return rows + (rounded - rows.detach()) if rows.requires_grad else rounded
 
 
@@ -107,19 +122,21 @@ def _reach(values: Tensor, bits: int) -> Tensor:
     return torch.minimum(largest, CLIP[bits] * rms)
 
 
+def _wide(rows: Tensor) -> Tensor:
+    """In float64, whose sums do not depend on their order: the kernels give the same bytes (Apple's GPUs have no float64)."""
+    return rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+
+
 def _in_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of 8 or 4 bits as bytes, and the scale [..., 1]."""
+    """Codes of 8 or 4 bits as float32 numbers, and the scale [..., 1]."""
     middle = (2**bits - 1) / 2
     scale = (_reach(values, bits) / middle).clamp_min(_LEAST).to(torch.bfloat16)
-    codes = (values.float() / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)
-    if bits == 4:
-        low, high = codes.chunk(2, dim=-1)
-        codes = low | (high << 4)
+    codes = (values.float() / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0)
     return codes, scale
 
 
 def _in_planes(values: Tensor, planes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Bit planes, one behind the other, and the scale [..., 1]: large enough for each run of numbers."""
+    """The first bits of each number's byte as a float32 number, and the scale [..., 1]: large enough for each run of numbers."""
     runs = list(classes_of(planes))
     reach = [_reach(values[..., first:end], bits) / (128 - 2.0 ** (7 - bits)) for bits, first, end in runs]
     scale = torch.stack(reach).amax(dim=0).clamp_min(_LEAST).to(torch.bfloat16)
@@ -129,13 +146,22 @@ def _in_planes(values: Tensor, planes: tuple[int, ...]) -> tuple[Tensor, Tensor]
         ((scaled[..., first:end] / 2 ** (8 - bits)).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1) * 2 ** (8 - bits)
         for bits, first, end in runs
     ]
-    numbers = torch.cat(codes, dim=-1).nan_to_num(0).to(torch.uint8)
-    weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
+    return torch.cat(codes, dim=-1).nan_to_num(0), scale
+
+
+def _planes_of_bytes(numbers: Tensor, planes: tuple[int, ...]) -> Tensor:
+    """The bit planes of bytes [..., n], one behind the other."""
+    weights = 2 ** torch.arange(8, device=numbers.device, dtype=torch.uint8)
     bits_of = [
         ((numbers[..., :reached] >> 7 - plane & 1).unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
         for plane, reached in enumerate(planes)
     ]
-    return torch.cat(bits_of, dim=-1), scale
+    return torch.cat(bits_of, dim=-1)
+
+
+def _behind(planes: tuple[int, ...], like: Tensor) -> Tensor:
+    """The bit behind the lowest one of each number [n]."""
+    return torch.cat([like.new_full((end - first,), 1 << 7 - bits) for bits, first, end in classes_of(planes)])
 
 
 def _bytes_of_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
@@ -146,6 +172,4 @@ def _bytes_of_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
     for plane, (reached, part) in enumerate(zip(planes, parts, strict=True)):
         ones = (part.unsqueeze(-1) >> shifts & 1).flatten(-2)
         numbers[..., :reached] |= ones << 7 - plane
-    for bits, first, end in classes_of(planes):
-        numbers[..., first:end] |= 1 << 7 - bits
-    return numbers
+    return numbers | _behind(planes, numbers)
