@@ -19,8 +19,10 @@ XECO_LAYOUT int bytes_of_plane(int64_t bits, int plane) { return static_cast<int
 
 XECO_LAYOUT int code_bytes(int64_t width, int64_t bits) {
   int64_t bytes = in_planes(bits) ? 0 : width * bits / 8;
-  if (in_planes(bits))
+  if (in_planes(bits)) {
+#pragma unroll 1
     for (int plane = 0; plane < kMostPlanes; ++plane) bytes += bytes_of_plane(bits, plane);
+  }
   return static_cast<int>(bytes + kScaleBytes);
 }
 
@@ -215,6 +217,7 @@ struct CodeRows {
   XECO_DEVICE Bytes8 bytes_of_planes(const uint8_t* planes, int group) const {
     Bytes8 codes = {{0, 0}};
     int behind = 7;  // place of the bit behind the lowest one that these numbers have, which is set as well
+#pragma unroll 1
     for (int plane = 0; plane < kMostPlanes; ++plane) {
       const int bytes = bytes_of_plane(bits, plane);
       if (group >= bytes) break;
