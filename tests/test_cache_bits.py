@@ -14,14 +14,16 @@ from fresh import run_command
 from transformers import AutoModelForCausalLM
 
 import xeco_convert
+from xeco_convert.checkpoint import CheckpointIndex
 from xeco_convert.errors import OptionError, UnsupportedModelError
 from xeco_convert.export import export_checkpoint
 from xeco_convert.export.options import ExportOptions
 from xeco_convert.families import supported_model_types
 from xeco_convert.inspect_checkpoint import inspect_checkpoint
 from xeco_convert.modeling.layer_xeco import MlaLayer
-from xeco_convert.ops.fused import reads_codes
+from xeco_convert.ops.extension import takes_codes
 from xeco_convert.options import CACHE_BITS, ConvertOptions
+from xeco_convert.plan import make_plan
 from xeco_convert.vllm.support import ServingSettings, check_layer
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -95,6 +97,25 @@ def test_the_smallest_size_that_a_sentence_names_can_be_had(
     assert report.kv_bytes_after == least
 
 
+def test_a_rotary_width_is_refused_before_anything_is_measured(llama: Path) -> None:
+    """Not after the source was gone through for the ranks of --energy."""
+    with pytest.raises(OptionError, match="6 bits takes a multiple of 8"):
+        make_plan(CheckpointIndex.open(llama), ConvertOptions(energy=0.9, rope_dim=4, cache_bits="3"))
+
+
+@pytest.mark.parametrize("multiple", [2, 6, 12])
+def test_ranks_in_bit_planes_keep_to_a_given_multiple(
+    multiple: int, llama: Path, convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {"kv_size": "60%", "rank_multiple": multiple, "cache_bits": "3"}
+    if multiple > 2:  # whose next multiple in whole bytes is beyond what the source caches
+        with pytest.raises(OptionError, match="rank-multiple"):
+            convert(llama, tmp_path / "out", **options)
+        return
+    report = convert(llama, tmp_path / "out", **options)
+    assert all(layer.kv_lora_rank % 16 == 0 and layer.qk_rope_head_dim % 8 == 0 for layer in report.layers)
+
+
 def test_fewer_bits_leave_more_numbers_and_a_smaller_loss(
     llama: Path, convert: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -155,6 +176,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a rotary key that is none": (
         {"rank": 16, "rope_dim": 4, "cache_bits": "3"},
+        r"6 bits takes a multiple of 8 .*qk_rope_head_dim = 4; choose another --rank or --rope-dim",
+    ),
+    "a rotary key that is none, before ranks are looked for": (
+        {"energy": 0.9, "rope_dim": 4, "cache_bits": "3"},
         r"6 bits takes a multiple of 8 .*qk_rope_head_dim = 4; choose another --rank or --rope-dim",
     ),
     "an odd rank beside others that are chosen": (
@@ -235,4 +260,4 @@ def test_the_command_plans_in_bytes(llama: Path, tmp_path: Path) -> None:
 )
 def test_a_gpu_reads_codes_where_that_is_asked_for(device_type: str, requested: str | None, expected: bool) -> None:
     """No GPU has run the present form of these kernels."""
-    assert reads_codes(device_type, requested) is expected
+    assert takes_codes(device_type, requested) is expected

@@ -215,9 +215,15 @@ def make_plan(index: CheckpointIndex, options: ConvertOptions) -> ConversionPlan
 
 def _check_codes(plan: ConversionPlan) -> None:
     """Refuse widths that codes cannot have: rows are whole bytes, and so are bit planes."""
-    obstacles = [item.shape.bits_obstacle for item in plan.converted if item.shape.bits_obstacle is not None]
-    if obstacles and plan.widths_are_final:
-        raise OptionError(f"--cache-bits: {obstacles[0]}; choose another --rank or --rope-dim.")
+    shapes = [item.shape for item in plan.converted]
+    if not plan.widths_are_final:
+        # a policy that chooses no bits leaves the rotary width as it is, one that does has whole bytes on offer
+        shapes = (
+            [] if plan.options.policy.chooses_bits else [dataclasses.replace(each, latent_bits=16) for each in shapes]
+        )
+    obstacle = next((each.bits_obstacle for each in shapes if each.bits_obstacle is not None), None)
+    if obstacle is not None:
+        raise OptionError(f"--cache-bits: {obstacle}; choose another --rank or --rope-dim.")
 
 
 def _with_widths(shape: MlaShape, widths: Widths) -> MlaShape:

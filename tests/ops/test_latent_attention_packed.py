@@ -135,22 +135,23 @@ def test_the_op_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(torch.ops.xeco.latent_attention_packed.default, arguments)
 
 
+EXPECTED = r"expected 8, 6, 4 or 3, or how many numbers each of 2 to 7 bit planes reaches, .*"
 BAD: dict[str, tuple[dict[int, Any], dict[str, Any], str]] = {
-    "bits that no kernel has": (
+    "bits that no kernel has": ({}, {"latent_bits": 2}, rf"latent_bits: {EXPECTED}, got 2"),
+    "rotary bits that no kernel has": ({}, {"rope_bits": 16}, rf"rope_bits: {EXPECTED}, got 16"),
+    "planes that grow": ({}, {"latent_bits": (24, 8, 16)}, rf"latent_bits: {EXPECTED}, got \(24, 8, 16\)"),
+    "one plane": ({}, {"latent_bits": (24,)}, rf"latent_bits: {EXPECTED}, got \(24,\)"),
+    "eight planes": ({}, {"latent_bits": (24,) * 8}, rf"latent_bits: {EXPECTED}, got \(24, .*\)"),
+    "planes of half bytes": ({}, {"latent_bits": (24, 12)}, rf"latent_bits: {EXPECTED}, got \(24, 12\)"),
+    "planes of another width": (
         {},
-        {"latent_bits": 2},
-        r"latent_bits: expected 8, 6, 4 or 3, or what 2 to 7 .*, got 2",
+        {"latent_bits": (16, 16)},
+        r"latent_bits: expected a first bit plane .*, got 16 of 24",
     ),
-    "rotary bits that no kernel has": ({}, {"rope_bits": 16}, r"rope_bits: expected 8, 6, 4 or 3, .*, got 16"),
-    "planes that grow": ({}, {"latent_bits": (24, 8, 16)}, r"latent_bits: expected 8, .* got \(24, 8, 16\)"),
-    "one plane": ({}, {"latent_bits": (24,)}, r"latent_bits: expected 8, .* got \(24,\)"),
-    "eight planes": ({}, {"latent_bits": (24,) * 8}, r"latent_bits: expected 8, .* got \(24, .*\)"),
-    "planes of half bytes": ({}, {"latent_bits": (24, 12)}, r"latent_bits: expected 8, .* got \(24, 12\)"),
-    "planes of another width": ({}, {"latent_bits": (16, 16)}, r"latent_bits: the first bit plane .*, got 16 of 24"),
     "planes that are no whole bytes": (
         {0: torch.zeros(2, 7, 3, 23)},
         {"latent_bits": 3},
-        r"latent_bits: .* of 8, got 23",
+        r"latent_bits: .* of 8 .*, got 23",
     ),
     "rows of other bits": (
         {},
@@ -166,7 +167,7 @@ BAD: dict[str, tuple[dict[int, Any], dict[str, Any], str]] = {
     "an odd width": (
         {0: torch.zeros(2, 7, 3, 23)},
         {},
-        r"c_kv: a row in 4 bits needs an even width, got 23",
+        r"latent_bits: expected rows of a multiple of 2 numbers, got 23",
     ),
     "a range beyond the cache": (
         {},
@@ -186,6 +187,19 @@ def test_bad_input_is_one_sentence(case: str) -> None:
     arguments = {"latent_bits": 4, "rope_bits": 8, "softmax_scale": 0.3, **settings}
     with pytest.raises((ValueError, RuntimeError), match=f"latent_attention_packed: {sentence}"):
         latent_attention_packed(*tensors, **arguments)
+
+
+@pytest.mark.on_host
+@pytest.mark.parametrize("layout", [2, 3, 5, 16, 3 | 1 << 7 | 2 << 14, 2 | 2 << 7, -1])
+def test_odd_layouts_are_refused_by_kernel_and_fake_too(layout: int) -> None:
+    """Numbers that `packed_rows.layout_number` gives for no rows of this width."""
+    tensors = packed_inputs(COMMON, torch.float32, (4, 8))
+    arguments = (*tensors, *schema_order(COMMON, {}), layout, 8)
+    with pytest.raises(RuntimeError, match="latent_attention_packed: latent_bits"):
+        torch.ops.xeco.latent_attention_packed(*arguments)
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    with pytest.raises(ValueError, match="latent_attention_packed: latent_bits: expected"):
+        torch.ops.xeco.latent_attention_packed(*on_meta, *schema_order(COMMON, {}), layout, 8)
 
 
 def test_a_gradient_is_refused() -> None:

@@ -109,8 +109,9 @@ def with_codes(
     if energies is None:
         mla = balance_scales(mla, num_heads)
     else:
-        if latent_bits in (6, 3) and weight is None:  # behind a norm the basis has no order of strength
-            bits = allotted_planes(energies.latent, int(latent_bits))  # type: ignore[arg-type]
+        # behind a norm the basis has no order of strength
+        if isinstance(latent_bits, int) and latent_bits in (6, 3) and weight is None:
+            bits = allotted_planes(energies.latent, latent_bits)
         mla = _scaled(mla, num_heads, energies, bits)
     turn = _turn_of(bits, rank).to(mla.kv_b_weight.device)
     kv_a_bias = None if mla.kv_a_bias is None else _turned(turn, mla.kv_a_bias[:, None], rank)[:, 0]

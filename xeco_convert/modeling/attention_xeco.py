@@ -249,7 +249,7 @@ class LatentSelfAttention(nn.Module):
             call = self._call(*sizes, has_mask=True, mask_obstacle=obstacle)
         implementation = choose(call, requested).implementation
         reads_codes = c_kv.dtype == k_rope.dtype == torch.uint8 and self.qk_rope_head_dim > 0
-        reads_codes = reads_codes and implementation == "fused" and fused.reads_codes(c_kv.device.type, requested)
+        reads_codes = reads_codes and implementation == "fused" and fused.takes_codes(c_kv.device.type, requested)
         reads_codes = reads_codes and not needs_gradients
         if self.is_packed and not reads_codes:
             c_kv, k_rope = self._widened(c_kv, k_rope, q_nope.dtype)

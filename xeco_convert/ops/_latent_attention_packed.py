@@ -23,19 +23,17 @@ from xeco_convert.ops._latent_attention import (
 from xeco_convert.ops.checks import check_float, check_tensor, check_widths, run_checked
 from xeco_convert.ops.extension import first_loaded_for, runs_in_reference
 from xeco_convert.ops.packed_rows import (
-    MOST_PLANES,
     SCALE_BYTES,
     Bits,
+    bits_obstacle,
     bits_of_layout,
     layout_number,
+    layout_obstacle,
     planes_of,
     unpack_rows,
 )
 
 _OP = "latent_attention_packed"
-_EXPECTED_BITS = (
-    f"expected 8, 6, 4 or 3, or what 2 to {MOST_PLANES} bit planes reach, one no further than the one before"
-)
 _LIBRARY = torch.library.Library("xeco", "FRAGMENT")
 _LIBRARY.define(
     "latent_attention_packed(Tensor q_latent, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor? starts, Tensor? ends, "
@@ -115,28 +113,20 @@ def _check(q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, *sett
 
 def _layout(name: str, bits: Bits, queries: Tensor) -> int:
     """The layout's number; raises `ValueError` for bits that it cannot say, before they are those of other bits."""
-    ends = isinstance(bits, tuple) and all(reached % 8 == 0 and 0 < reached < 1024 for reached in bits)
-    if bits not in (8, 6, 4, 3) and not (ends and 2 <= len(bits) <= MOST_PLANES):  # type: ignore[arg-type]
-        raise ValueError(f"{_OP}: {name}: {_EXPECTED_BITS}, got {bits}")
-    width = queries.shape[-1]
-    if bits in (6, 3) and width % 8:
-        raise ValueError(f"{_OP}: {name}: bit planes need a width that is a multiple of 8, got {width}")
-    return layout_number(bits, width)
+    obstacle = bits_obstacle(bits, queries.shape[-1])
+    if obstacle is not None:
+        raise ValueError(f"{_OP}: {name}: {obstacle}")
+    return layout_number(bits, queries.shape[-1])
 
 
 def _check_rows(
     name: str, rows: Tensor, bits_name: str, layout: int, width: int, outer: tuple[int, int | None], like: Tensor
 ) -> None:
     """uint8 [B, T, bytes] on the device of `like`."""
-    bits = bits_of_layout(layout)
-    planes = planes_of(bits, width)
-    descending = isinstance(bits, tuple) and bits == tuple(sorted(bits, reverse=True)) and min(bits) > 0
-    if bits not in (8, 4) and not (descending and 2 <= len(planes) <= MOST_PLANES):
-        raise ValueError(f"{_OP}: {bits_name}: {_EXPECTED_BITS}, got {bits}")
-    if planes[0] != width:
-        raise ValueError(f"{_OP}: {bits_name}: the first bit plane reaches every number, got {planes[0]} of {width}")
-    if sum(planes) % 8:
-        raise ValueError(f"{_OP}: {name}: a row in 4 bits needs an even width, got {width}")
+    obstacle = layout_obstacle(layout, width)
+    if obstacle is not None:
+        raise ValueError(f"{_OP}: {bits_name}: {obstacle}")
+    planes = planes_of(bits_of_layout(layout), width)
     check_tensor(_OP, name, rows, "[B, T, bytes]", (*outer, sum(planes) // 8 + SCALE_BYTES))
     if rows.dtype != torch.uint8 or rows.device != like.device:
         raise ValueError(f"{_OP}: {name}: expected uint8 on {like.device}, got {rows.dtype} on {rows.device}")

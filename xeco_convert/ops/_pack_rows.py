@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from xeco_convert.ops.checks import check_float, check_tensor, run_checked
-from xeco_convert.ops.extension import first_loaded_for
-from xeco_convert.ops.packed_rows import MOST_NUMBERS, SCALE_BYTES, Bits, bits_of_layout, layout_number, planes_of
+from xeco_convert.ops.extension import first_loaded_for, takes_codes
+from xeco_convert.ops.packed_rows import (
+    MOST_NUMBERS,
+    SCALE_BYTES,
+    Bits,
+    bits_obstacle,
+    bits_of_layout,
+    layout_number,
+    layout_obstacle,
+    planes_of,
+)
 from xeco_convert.ops.packed_rows import pack_rows as pack_rows_reference
 
 _OP = "pack_rows"
@@ -30,25 +39,24 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     bits: 8, 4 (n even), or bit planes (n a multiple of 8): 6, 3, or how many numbers each of two to seven planes reaches. Raises
     `ValueError` for others.
     """
-    rows = rows.detach()
-    # The GPU's kernel has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
-    unasked = rows.is_cuda and os.environ.get("XECO_ATTENTION") != "fused"
-    if unasked or rows.dtype == torch.float64 or not 0 < rows.shape[-1] <= MOST_NUMBERS:
+    rows, width = rows.detach(), rows.shape[-1]
+    obstacle = bits_obstacle(bits, width) if width else None
+    if obstacle is not None:
+        raise ValueError(f"{_OP}: bits: {obstacle}")
+    unasked = rows.is_cuda and not takes_codes("cuda", os.environ.get("XECO_ATTENTION"))
+    if unasked or rows.dtype == torch.float64 or not 0 < width <= MOST_NUMBERS:
         return pack_rows_reference(rows, bits)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    return cast(Tensor, run_checked(torch.ops.xeco.pack_rows, _check, (rows, layout_number(bits, rows.shape[-1]))))
+    return cast(Tensor, run_checked(torch.ops.xeco.pack_rows, _check, (rows, layout_number(bits, width))))
 
 
 def _check(rows: Tensor, layout: int) -> None:
     check_tensor(_OP, "rows", rows, "[B, Q, n]", (None, None, None))
     check_float(_OP, "rows", rows)
-    bits, width = bits_of_layout(layout), rows.shape[-1]
-    if bits in (8, 4):
-        if width * int(bits) % 8:  # type: ignore[arg-type]
-            raise ValueError(f"{_OP}: rows: a row in 4 bits needs an even width, got {width}")
-    elif not isinstance(bits, tuple) or bits[0] != width or bits != tuple(sorted(bits, reverse=True)):
-        raise ValueError(f"{_OP}: bits: expected 8 or 4, or bit planes of {width} numbers in eights, got {bits}")
+    obstacle = layout_obstacle(layout, rows.shape[-1])
+    if obstacle is not None:
+        raise ValueError(f"{_OP}: bits: {obstacle}")
 
 
 def _kernel(rows: Tensor, layout: int) -> Tensor:

@@ -74,6 +74,13 @@ def kernel_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def takes_codes(device_type: str, requested: str | None) -> bool:
+    """Whether the kernels of a device pack rows into codes, and read these as they lie, where XECO_ATTENTION names `requested`;
+    elsewhere plain torch packs and widens them."""
+    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
+    return device_type == "cpu" or (device_type == "cuda" and requested == "fused")
+
+
 def runs_in_reference(tensor: torch.Tensor) -> bool:
     """Whether attention on such tensors is the reference's from the start, since the kernels that are registered for their
     device refuse the dtype: float64 everywhere, float32 on a GPU that has compiled kernels."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from xeco_convert.ops._latent_attention import dense, latent_attention
 from xeco_convert.ops._latent_attention_decode import latent_attention_decode
 from xeco_convert.ops._latent_attention_packed import latent_attention_packed
-from xeco_convert.ops.extension import kernel_obstacle
+from xeco_convert.ops.extension import kernel_obstacle, takes_codes
 from xeco_convert.ops.mask_ranges import Ranges, ranges_of
 from xeco_convert.ops.packed_rows import Bits
 
-__all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "reads_codes", "unasked_obstacle"]
+__all__ = ["Ranges", "fused_attention", "kernel_obstacle", "ranges_of", "takes_codes", "unasked_obstacle"]
 
 
 def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
@@ -24,13 +24,6 @@ def unasked_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         # An emulated AMD GPU has run them, no real one: nobody shall be the first without knowing.
         return "the kernels have not run on an AMD GPU yet: XECO_ATTENTION=fused takes them"
     return obstacle
-
-
-def reads_codes(device_type: str, requested: str | None) -> bool:
-    """Whether the kernels of a device read rows of codes as they lie, where XECO_ATTENTION names `requested`; elsewhere rows are
-    widened first."""
-    # Their present form has run on emulated GPUs, on no real one: nobody shall be the first without knowing.
-    return device_type == "cpu" or (device_type == "cuda" and requested == "fused")
 
 
 def fused_attention(
@@ -49,7 +42,7 @@ def fused_attention(
 
     They are brought to one dtype first (autocast leaves rotated keys in float32). softcap bounds the scores.
     ranges: what the mask says, for B sequences or for one that stands for all; None: the queries are the last of T tokens,
-    in causal order. bits: c_kv and k_rope are codes of so many bits, which only `reads_codes` devices take.
+    in causal order. bits: c_kv and k_rope are codes of so many bits, which only `takes_codes` devices take.
     """
     queries = [dense(tensor.to(dtype)) for tensor in (q_latent, q_rope)]
     rows = [c_kv, k_rope] if bits is not None else [dense(tensor.to(dtype)) for tensor in (c_kv, k_rope)]

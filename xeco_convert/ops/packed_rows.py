@@ -40,13 +40,36 @@ def planes_of(bits: Bits, width: int) -> tuple[int, ...]:
     return bits if isinstance(bits, tuple) else (width,) * bits
 
 
+def bits_obstacle(bits: Bits, width: int) -> str | None:
+    """Why no row of `width` numbers can have these bits, in words; None where one can."""
+    if isinstance(bits, int):
+        known, multiple = bits in (8, 6, 4, 3), {8: 1, 4: 2}.get(bits, 8)
+    else:
+        whole = all(reached % 8 == 0 and reached > 0 for reached in bits)
+        known, multiple = whole and 2 <= len(bits) <= MOST_PLANES and list(bits) == sorted(bits, reverse=True), 8
+    if not known:
+        planes = f"how many numbers each of 2 to {MOST_PLANES} bit planes reaches, in eights and none more than the one before"
+        return f"expected 8, 6, 4 or 3, or {planes}, got {bits}"
+    if width % multiple:
+        return f"expected rows of a multiple of {multiple} numbers, got {width}"
+    if not isinstance(bits, int) and bits[0] != width:
+        return f"expected a first bit plane that reaches every number, got {bits[0]} of {width}"
+    return None
+
+
 def layout_number(bits: Bits, width: int) -> int:
-    """What the kernels take for `bits`: 8 and 4 themselves, else 7 bits for each plane, the multiple of 8 that it reaches."""
-    if bits in (8, 4):
-        return int(bits)  # type: ignore[arg-type]
-    if width > MOST_NUMBERS:
-        raise ValueError(f"rows in bit planes: kernels take at most {MOST_NUMBERS} numbers, found {width}")
+    """What the kernels take for `bits`: 8 and 4 themselves, else 7 bits for each plane, the multiple of 8 that it reaches. For
+    bits that rows of `width` numbers, of at most MOST_NUMBERS, can have."""
+    if isinstance(bits, int) and bits in (8, 4):
+        return bits
     return sum(reached // 8 << 7 * number for number, reached in enumerate(planes_of(bits, width)))
+
+
+def layout_obstacle(layout: int, width: int) -> str | None:
+    """Why no row of `width` numbers lies so, in words; None where one does. For what comes as a layout's number."""
+    if layout < 1 << 7 and layout not in (8, 4):
+        return f"expected layout 8 or 4, or that of bit planes, got {layout}"
+    return bits_obstacle(bits_of_layout(layout), width)
 
 
 def bits_of_layout(layout: int) -> Bits:
@@ -69,8 +92,8 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     infinity come back as NaN, whole rows of them."""
     if rows.shape[-1] == 0:
         return rows.new_empty(rows.shape, dtype=torch.uint8)
-    if bits in (8, 4):
-        numbers, scale = _in_codes(_wide(rows), int(bits))  # type: ignore[arg-type]
+    if isinstance(bits, int) and bits in (8, 4):
+        numbers, scale = _in_codes(_wide(rows), bits)
         codes = numbers.to(torch.uint8)
         if bits == 4:
             low, high = codes.chunk(2, dim=-1)
@@ -105,9 +128,9 @@ def as_cached(rows: Tensor, bits: Bits) -> Tensor:
     if bits == 16 or rows.shape[-1] == 0:
         return rows
     values = _wide(rows.detach())
-    if bits in (8, 4):
-        codes, scale = _in_codes(values, int(bits))  # type: ignore[arg-type]
-        middle = (2 ** int(bits) - 1) / 2  # type: ignore[arg-type]
+    if isinstance(bits, int) and bits in (8, 4):
+        codes, scale = _in_codes(values, bits)
+        middle = (2**bits - 1) / 2
     else:
         planes = planes_of(bits, rows.shape[-1])
         codes, scale = _in_planes(values, planes)
@@ -123,8 +146,9 @@ def _reach(values: Tensor, bits: int) -> Tensor:
 
 
 def _wide(rows: Tensor) -> Tensor:
-    """In float64, whose sums do not depend on their order: the kernels give the same bytes (Apple's GPUs have no float64)."""
-    return rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+    """In float64, whose sums do not depend on their order, where there are kernels, which give the same bytes: not every other
+    device has float64."""
+    return rows.to(torch.float64 if rows.device.type in ("cpu", "cuda") else torch.float32)
 
 
 def _in_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -72,11 +72,13 @@ class KvBudget(RankPolicy):
 
     def check_source(self, facts: CacheFacts) -> None:
         """Refuse a budget below one step for latent and rotary key in each layer, or below what kept layers take."""
-        budget, multiple = self.budget(facts), self.multiple(facts)
-        least = (
-            min(facts.layer_bytes(_smallest(_step(multiple, bits, facts), bits)) for bits in facts.bits)
-            * facts.num_layers
-        )
+        budget, multiple, possible = self.budget(facts), self.multiple(facts), self._smallest_of(facts)
+        if not possible:
+            raise OptionError(
+                f"--rank-multiple: expected a step whose rows are whole bytes and no wider than the source's {facts.full_rank} "
+                f"directions of keys and values, found {multiple}; change the value, or --cache-bits."
+            )
+        least = min(map(facts.layer_bytes, possible)) * facts.num_layers
         if budget >= least:
             return
         before, kept = (numbers * facts.number_bytes for numbers in (facts.numbers_before, facts.numbers_kept))
@@ -87,6 +89,14 @@ class KvBudget(RankPolicy):
             "lower --rank-multiple, or cache fewer bits (--cache-bits)."
         )
 
+    def _smallest_of(self, facts: CacheFacts) -> list[Widths]:
+        """The least widths in each of the bits on offer, those that a layer of the source can have."""
+        every = (_smallest(_step(self.multiple(facts), bits, facts), bits) for bits in facts.bits)
+        most_rope = (
+            facts.most_rope_dim or math.inf
+        )  # layers that rotate nothing have rotary widths on offer, and take none
+        return [each for each in every if each.kv_lora_rank <= facts.full_rank and each.qk_rope_head_dim <= most_rope]
+
     def describe(self, facts: CacheFacts, widths: Widths, default: str) -> str:
         return f"kv_lora_rank and qk_rope_head_dim by sensitivity, ranks in steps of {self.multiple(facts)}"
 
@@ -94,9 +104,9 @@ class KvBudget(RankPolicy):
         budget = self.budget(facts)
         average = budget / facts.num_layers
         offers: list[Widths] = []
-        for bits in facts.bits:
-            multiple = _step(self.multiple(facts), bits, facts)
-            if facts.layer_bytes(_smallest(multiple, bits)) > average:
+        for smallest in self._smallest_of(facts):
+            bits, multiple = smallest.bits, smallest.kv_lora_rank
+            if facts.layer_bytes(smallest) > average:
                 continue
             numbers = affordable_numbers(average, bits, facts)
             if facts.same_widths:
@@ -122,8 +132,8 @@ def affordable_numbers(size: float, bits: tuple[int, int], facts: CacheFacts) ->
 
 
 def _step(multiple: int, bits: tuple[int, int], facts: CacheFacts) -> int:
-    """The step of ranks in these bits: `multiple`, or 16 where rows would be no whole bytes."""
-    return multiple if facts.can_cache(_smallest(multiple, bits)) else DEFAULT_MULTIPLE
+    """The step of ranks in these bits: `multiple`, or the next of its multiples whose rows are whole bytes."""
+    return multiple if facts.can_cache(_smallest(multiple, bits)) else math.lcm(multiple, DEFAULT_MULTIPLE)
 
 
 def _smallest(multiple: int, bits: tuple[int, int]) -> Widths:
