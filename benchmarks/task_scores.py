@@ -1,7 +1,8 @@
-"""Zero-shot scores of a model on task files, as `xeco-distill eval --tasks` counts them, with batches as large as memory lets.
+"""Zero-shot scores of a model on task files, as `xeco-distill eval --tasks` counts them, in two fifths of the tokens.
 
-lm-eval asks for a few rows at a time; a benchmark of many models has no time for that. The formulas are the same, which a test
-shows: log-likelihood of what follows given what stands before, without special tokens.
+lm-eval runs each choice with its context by itself; a benchmark of many models has no time for that. Here the choices of a row
+share what they have in common: its sequences become a tree, in which every token sees those on its own way from the root. The
+formulas are the same, which a test shows: log-likelihood of what follows given what stands before, without special tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +38,9 @@ def score_folder(model: Any, tokenizer: Any, folder: Path, limit: int | None) ->
 def score(model: Any, tokenizer: Any, task: TaskFile) -> dict[str, float]:
     """One task. The model computes where it is, in its dtype."""
     asked = [_requests(row) for row in task.rows]
-    flat = iter(log_likelihoods(model, tokenizer, [request for requests, _ in asked for request in requests]))
+    scored = log_likelihoods(model, tokenizer, [requests for requests, _ in asked])
     right, right_normed = [], []
-    for requests, answer in asked:
-        found = [next(flat) for _ in requests]
+    for (requests, answer), found in zip(asked, scored, strict=True):
         if len(requests) == 1:
             right.append(found[0][1])
             continue
@@ -53,31 +53,70 @@ def score(model: Any, tokenizer: Any, task: TaskFile) -> dict[str, float]:
 
 
 @torch.no_grad()
-def log_likelihoods(model: Any, tokenizer: Any, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-    """Of each continuation, and whether every token of it is the most likely one."""
-    coded = [_encode(tokenizer, request) for request in requests]
-    order = sorted(range(len(coded)), key=lambda number: -len(coded[number][1]))
-    results: list[tuple[float, bool]] = [(0.0, False)] * len(coded)
+def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Sequence[Request]]) -> list[list[tuple[float, bool]]]:
+    """Of each continuation of each row, and whether every token of it is the most likely one."""
+    trees = [_Tree([_encode(tokenizer, request) for request in requests]) for requests in rows]
+    order = sorted(range(len(trees)), key=lambda number: -len(trees[number].ids))
+    results: list[list[tuple[float, bool]]] = [[] for _ in rows]
     device, head = next(model.parameters()).device, model.get_output_embeddings()
     while order:
-        width = len(coded[order[0]][1])
-        group, order = order[: max(1, _BATCH_TOKENS // width)], order[max(1, _BATCH_TOKENS // width) :]
-        ids = torch.zeros(len(group), width, dtype=torch.int64)
-        for row, number in enumerate(group):
-            whole = coded[number][1]
-            ids[row, : len(whole)] = torch.tensor(whole)
+        count = max(1, _BATCH_TOKENS // len(trees[order[0]].ids))
+        group, order = order[:count], order[count:]
+        ids, positions, mask = _batch([trees[number] for number in group])
         hidden = model.base_model(
-            ids.to(device), use_cache=False
-        ).last_hidden_state  # padding stands behind: never seen
-        places = [(max(1, len(coded[number][0])), len(coded[number][1])) for number in group]
-        chosen = torch.cat([hidden[row, start - 1 : end - 1] for row, (start, end) in enumerate(places)])
-        targets = torch.cat([ids[row, start:end] for row, (start, end) in enumerate(places)]).to(device)
+            ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=False
+        ).last_hidden_state
+        asked = [(number, row, *each) for row, number in enumerate(group) for each in trees[number].asked]
+        chosen = torch.cat([hidden[row, nodes] for _, row, nodes, _ in asked])
+        targets = torch.tensor([target for *_, following in asked for target in following], device=device)
         parts = [_of_tokens(head, h, t) for h, t in zip(chosen.split(4096), targets.split(4096), strict=True)]
-        sizes = [end - start for start, end in places]
+        sizes = [len(nodes) for _, _, nodes, _ in asked]
         logp, best = (torch.cat(values).cpu().split(sizes) for values in zip(*parts, strict=True))
-        for number, one, agreeing in zip(group, logp, best, strict=True):
-            results[number] = (float(one.double().sum()), bool(agreeing.all()))
+        for (number, *_), one, agreeing in zip(asked, logp, best, strict=True):
+            results[number].append((float(one.double().sum()), bool(agreeing.all())))
     return results
+
+
+class _Tree:
+    """Sequences with what they share at their beginning only once.
+
+    `ids` of the nodes, their `positions` in their sequences and the node before each (`parents`, -1 at the root); `asked`: for
+    every sequence the nodes that predict what follows its context, and those tokens.
+    """
+
+    def __init__(self, coded: Sequence[tuple[list[int], list[int]]]) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.parents: list[int] = []
+        self.asked: list[tuple[list[int], list[int]]] = []
+        known: dict[tuple[int, int], int] = {}  # by the node before and the token
+        for context, whole in coded:
+            nodes = [-1]
+            for position, token in enumerate(whole[:-1]):
+                key = nodes[-1], token
+                if key not in known:
+                    known[key] = len(self.ids)
+                    self.ids.append(token)
+                    self.positions.append(position)
+                    self.parents.append(nodes[-1])
+                nodes.append(known[key])
+            start = max(1, len(context))
+            self.asked.append((nodes[start:], whole[start:]))
+
+
+def _batch(trees: Sequence[_Tree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and positions [B, T], and what each node sees [B, 1, T, T]: itself and all before it; nothing sees the padding."""
+    width = len(trees[0].ids)
+    ids, positions = (torch.zeros(len(trees), width, dtype=torch.int64) for _ in range(2))
+    mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1, 1)
+    for row, tree in enumerate(trees):
+        ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
+        positions[row, : len(tree.ids)] = torch.tensor(tree.positions)
+        seen = mask[row, 0]
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+    return ids, positions, mask
 
 
 def _of_tokens(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,10 @@ import bench_real_healing
 import pytest
 import torch
 from bench_real_healing import main, perplexity_by_position
-from task_scores import score, score_folder
+from task_scores import Request, log_likelihoods, score, score_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xeco_convert import convert
 from xeco_distill.evaluation.harness import file_scores
 from xeco_distill.evaluation.task_files import read_task, task_files
 
@@ -44,6 +45,19 @@ def test_scores_are_those_of_lm_eval(llama: Path, tasks: Path, monkeypatch: pyte
             assert ("acc_norm" in found) == ("acc_norm" in expected[file.name])
     limited = score_folder(model, tokenizer, tasks, 4)
     assert [each["rows"] for each in limited["tasks"].values()] == [4, 4, 4] and 0 <= limited["mean"]["mean"] <= 1
+
+
+@pytest.mark.parametrize("bits", ["16", "3"])
+def test_choices_that_share_their_beginning_score_as_by_themselves(bits: str, llama: Path, tmp_path: Path) -> None:
+    convert(str(llama), tmp_path / "out", rank=16, rope_dim=8, cache_bits=bits, init="paper")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    row = [Request(context, " w7 w8 w9"[:end], 1) for context in ("w3", "w3 w7", "w4", "") for end in (3, 6, 9)]
+    together = log_likelihoods(model, tokenizer, [row, row[:2]])
+    alone = log_likelihoods(model, tokenizer, [[request] for request in row])
+    assert [len(each) for each in together] == [12, 2] and len({round(value, 4) for ((value, _),) in alone}) == 12
+    for (found, agreeing), ((expected, also),) in zip(together[0] + together[1], alone + alone[:2], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4) and agreeing == also
 
 
 @torch.no_grad()
