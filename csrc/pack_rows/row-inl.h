@@ -39,8 +39,12 @@ XECO_ROW Run run_of(int64_t layout, int64_t width, int bits) {
   return {bits, bytes_in_plane(layout, bits) * 8, bytes_in_plane(layout, bits - 1) * 8};
 }
 
-// The scale that a run asks for: NaN where a number of it is none.
-XECO_ROW double scale_for(const float* row, const Run& run, int64_t layout) {
+// What scale a run asks for: by CLIP, and by its largest number. NaN where a number of it is none.
+struct Scales {
+  double clipped, whole;
+};
+
+XECO_ROW Scales scales_for(const float* row, const Run& run, int64_t layout) {
   double largest = 0, squares = 0, odd = 0;
   for (int64_t i = run.first; i < run.end; ++i) {
     const double value = row[i], size = value < 0 ? -value : value;
@@ -49,8 +53,8 @@ XECO_ROW double scale_for(const float* row, const Run& run, int64_t layout) {
     odd += value - value;  // NaN for what is not finite
   }
   const double by_rms = clip_of(run.bits) * root(squares / static_cast<double>(run.end - run.first));
-  const double reach = (largest < by_rms ? largest : by_rms) + odd;
-  return reach / (layout <= 16 ? ((1 << run.bits) - 1) / 2.0 : 128.0 - (1 << (7 - run.bits)));
+  const double most = layout <= 16 ? ((1 << run.bits) - 1) / 2.0 : 128.0 - (1 << (7 - run.bits));
+  return {((largest < by_rms ? largest : by_rms) + odd) / most, (largest + odd) / most};
 }
 
 // The larger one, NaN where one is.
@@ -68,6 +72,19 @@ XECO_ROW int code_of(float value, float scale, int bits, int64_t layout) {
   if (layout <= 16) return within(nearest(value / scale + most / 2), most);
   const float step = static_cast<float>(1 << (8 - bits)), half = static_cast<float>(1 << (bits - 1));
   return within(whole(value / scale / step) + half, most);
+}
+
+// Squared error of a run's numbers at a scale.
+XECO_ROW double error_of(const float* row, const Run& run, float scale, int64_t layout) {
+  double error = 0;
+  for (int64_t i = run.first; i < run.end; ++i) {
+    const int code = code_of(row[i], scale, run.bits, layout);
+    const float found = layout <= 16 ? static_cast<float>(code) - static_cast<float>((1 << run.bits) - 1) / 2
+                                     : static_cast<float>(((2 * code + 1) << (7 - run.bits)) - 128);
+    const double lost = static_cast<double>(found * scale) - static_cast<double>(row[i]);
+    error += lost * lost;
+  }
+  return error;
 }
 
 XECO_ROW int64_t num_pieces(int64_t layout, int64_t width) {

@@ -34,6 +34,22 @@ def test_the_latent_gives_room_to_what_counts_more(groups: int) -> None:
         assert layer.expected_error(full, groups * 8) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("rope", [0, 4, 6])
+def test_weighing_keys_anew_is_weighing_them_from_the_beginning(rope: int) -> None:
+    source, x = random_attention(4, 2), gaussian_inputs(windows=16)
+    context = context_of(source)
+    first = calibrated(source, x, context)
+    first.factors(8, rope)  # what is kept of the old weight is not taken for the new one
+    anew = first.with_key_weight(0.3)
+    expected = CalibratedLayer(source, first._statistics, context.softmax_scale, key_weight=0.3)
+    outputs = [mla_output(layer.factors(8, rope), 4, x, context) for layer in (anew, expected)]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert vars(anew.errors(8, rope)) == pytest.approx(vars(expected.errors(8, rope)))
+    assert anew.key_weight == 0.3
+    assert anew.expected_error(8, rope) == pytest.approx(expected.expected_error(8, rope))
+    assert first.key_weight == 1.0
+
+
 @pytest.mark.parametrize("rope", [2, 4])
 def test_the_best_of_the_candidates_is_converted(
     rope: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,26 @@ def test_bytes_are_those_of_the_reference(bits: Bits, dtype: torch.dtype) -> Non
     assert found.dtype == torch.uint8 and torch.equal(found, reference.pack_rows(rows, bits))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", LAYOUTS)
+def test_a_number_far_from_the_others_is_cut_off_only_where_that_loses_less(
+    bits: Bits, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of 1 to 30 times the others in one place or another: less is lost than with either scale for all rows."""
+    rows = numbers(4, 60, 40, dtype=dtype)
+    for row in range(60):
+        rows[:, row, row % 40] *= row / 2
+    found = pack_rows(rows, bits)
+    assert torch.equal(found, reference.pack_rows(rows, bits))
+    lost = (reference.unpack_rows(found, bits, torch.float32) - rows.float()).square().sum(dim=-1)
+    only, both = [], reference._scales
+    for which in (0, 1):
+        monkeypatch.setattr(reference, "_scales", lambda *given, which=which: (both(*given)[which],) * 2)
+        only.append((reference.as_cached(rows.float(), bits) - rows.float()).square().sum(dim=-1))
+    torch.testing.assert_close(lost, torch.minimum(*only), rtol=1e-4, atol=1e-9)
+    assert bool((only[0] != only[1]).any())
+
+
 @pytest.mark.parametrize("bits", LAYOUTS)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_none_are_not_hidden(bits: Bits, odd: float) -> None:

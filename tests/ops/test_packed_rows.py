@@ -29,15 +29,23 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def nearest(row: list[float], found: list[list[float]]) -> list[float]:
+    """Of what two scales make of a row what is nearer, the first where neither is."""
+    return min(found, key=lambda numbers: sum((x - y) ** 2 for x, y in zip(row, numbers, strict=True)))
+
+
 def from_formula(rows: Tensor, bits: int) -> Tensor:
-    """The codes' numbers one by one, in Python's own arithmetic, with the scale that the rows were given."""
+    """The codes' numbers one by one, in Python's own arithmetic."""
     middle = (2**bits - 1) / 2
     result = []
     for row in rows.tolist():
         largest, rms = max(map(abs, row)), (sum(x * x for x in row) / len(row)) ** 0.5
-        scale = float(torch.tensor(min(largest, CLIP[bits] * rms) / middle).to(torch.bfloat16))
-        codes = [min(max(round(x / scale + middle), 0), 2**bits - 1) for x in row]
-        result.append([scale * (code - middle) for code in codes])
+        found = []
+        for reach in (min(largest, CLIP[bits] * rms), largest):
+            scale = float(torch.tensor(reach / middle).to(torch.bfloat16))
+            codes = [min(max(round(x / scale + middle), 0), 2**bits - 1) for x in row]
+            found.append([scale * (code - middle) for code in codes])
+        result.append(nearest(row, found))
     return torch.tensor(result)
 
 
@@ -57,17 +65,21 @@ def planes_from_formula(rows: Tensor, planes: tuple[int, ...]) -> Tensor:
     bits_of = [sum(reached > i for reached in planes) for i in range(planes[0])]
     result = []
     for row in rows.tolist():
-        reach = 0.0
+        reaches = [0.0, 0.0]
         for bits in set(bits_of):
             run = [x for x, own in zip(row, bits_of, strict=True) if own == bits]
-            rms = (sum(x * x for x in run) / len(run)) ** 0.5
-            reach = max(reach, min(max(map(abs, run)), CLIP[bits] * rms) / (128 - 2 ** (7 - bits)))
-        scale = float(torch.tensor(reach).to(torch.bfloat16))
-        places = []
-        for x, bits in zip(row, bits_of, strict=True):
-            step = scale * 2 ** (8 - bits)
-            places.append(min(max(math.floor(x / step), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * step + step / 2)
-        result.append(places)
+            largest, rms = max(map(abs, run)), (sum(x * x for x in run) / len(run)) ** 0.5
+            for number, reach in enumerate((min(largest, CLIP[bits] * rms), largest)):
+                reaches[number] = max(reaches[number], reach / (128 - 2 ** (7 - bits)))
+        found = []
+        for reach in reaches:
+            scale = float(torch.tensor(reach).to(torch.bfloat16))
+            places = []
+            for x, bits in zip(row, bits_of, strict=True):
+                step = scale * 2 ** (8 - bits)
+                places.append(min(max(math.floor(x / step), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * step + step / 2)
+            found.append(places)
+        result.append(nearest(row, found))
     return torch.tensor(result)
 
 

@@ -34,9 +34,9 @@ class LayerView:
 
     `inputs` [W, T, X] float32: the residual stream before the layer, `attention_output` what its attention puts out there
     (o_proj included), `outputs` the residual stream after it. `layer`: the source's decoder layer in float32.
-    `position_embeddings` and `mask` [1, 1, T, T] (boolean) are what it is called with; `cos` and `sin` [1, T, d] the same
-    tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says how the layer is built;
-    `residual_scale` is what its parts are multiplied by before they are added (Granite).
+    `position_embeddings` and `layer_mask` are what it is called with; `mask` [1, 1, T, T] (boolean) says what its tokens see,
+    `cos` and `sin` [1, T, d] are the tables for whole heads, 1 and 0 for the pairs that this layer does not rotate. `family` says
+    how the layer is built; `residual_scale` is what its parts are multiplied by before they are added (Granite).
     """
 
     number: int
@@ -48,6 +48,7 @@ class LayerView:
     cos: Tensor
     sin: Tensor
     mask: Tensor
+    layer_mask: Tensor | None
     position_embeddings: tuple[Tensor, Tensor]
     family: FamilySpec
     norm_eps: float
@@ -73,13 +74,10 @@ class LayerView:
     def run(self, inputs: Tensor) -> Tensor:
         """Output of the whole decoder layer on some windows [w, T, X]."""
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
-        mask = self.mask
-        if self.logit_softcap is not None:  # only transformers' eager attention caps scores; it adds its mask
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
         try:
             output = self.layer(
                 inputs,
-                attention_mask=mask,
+                attention_mask=self.layer_mask,
                 position_ids=positions,
                 position_embeddings=self.position_embeddings,
                 use_cache=False,
@@ -216,6 +214,7 @@ class SourceStream:
                 cos=cos,
                 sin=sin,
                 mask=self._mask(number),
+                layer_mask=self._layer_mask(number),
                 position_embeddings=self._tables.of_layer(number),
                 family=family,
                 norm_eps=source.norm_eps,
@@ -272,6 +271,14 @@ class SourceStream:
         if window is not None:
             visible = visible.triu(diagonal=1 - window)
         return visible[None, None]
+
+    def _layer_mask(self, layer: int) -> Tensor | None:
+        """The mask as transformers' attention takes it: its eager one adds it, the fused one is causal without any and computes
+        half as much then."""
+        if self._config._attn_implementation == "eager":
+            mask = self._mask(layer)
+            return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return None if self._source.kinds[layer].window is None else self._mask(layer)
 
 
 def _check_finite(hidden: Tensor, what: str) -> None:

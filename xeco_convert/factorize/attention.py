@@ -67,8 +67,10 @@ def source_probabilities(queries: Tensor, keys: Tensor, context: AttentionContex
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
     """Attention of [W, H, T, width] queries, keys and values, all heads there."""
     if context.logit_softcap is None:
+        causal = bool((context.mask == torch.ones_like(context.mask).tril()).all())
+        mask = None if causal else context.mask
         return functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=context.mask, scale=context.softmax_scale
+            queries, keys, values, attn_mask=mask, is_causal=causal, scale=context.softmax_scale
         )
     scores = soft_capped(queries @ keys.transpose(-1, -2) * context.softmax_scale, context.logit_softcap)
     weights: Tensor = scores.masked_fill(~context.mask, -torch.inf).softmax(dim=-1)

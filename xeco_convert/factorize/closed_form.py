@@ -8,6 +8,8 @@ Letters: G groups, H heads, d head_dim, F = d/2, R kv_lora_rank, P qk_rope_head_
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,17 @@ class CalibratedLayer:
     @property
     def key_weight(self) -> float:
         return self._key_weight
+
+    def with_key_weight(self, key_weight: float) -> CalibratedLayer:
+        """The same layer with keys weighed differently, which scales what was found already."""
+        other, ratio = copy.copy(self), key_weight / self._key_weight
+        other._key_weight = key_weight
+        other._head_weight = ratio * self._head_weight
+        other._components = self._components.weighed(ratio)
+        root, inverse = self._key_roots
+        other._key_roots = root * ratio**0.5, inverse / ratio**0.5
+        other._latent_cache = {}
+        return other
 
     def factors(
         self, kv_lora_rank: int, qk_rope_head_dim: int, *, q_lora_rank: int | None = None, latent_norm: bool = False

@@ -9,6 +9,7 @@ Letters: G groups, H heads, d head_dim, F = d/2 frequencies, J = P/2 selected co
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class RotaryComponents:
     gain: Tensor
     encode: Tensor
     decode: Tensor
+
+    def weighed(self, ratio: float) -> RotaryComponents:
+        """The same, had all output errors counted `ratio` times as much."""
+        root = ratio**0.5
+        return dataclasses.replace(self, gain=self.gain * ratio, encode=self.encode * root, decode=self.decode / root)
 
 
 def rotary_components(

@@ -2,8 +2,9 @@
 
 A row x [..., n] becomes n codes and one scale s. The rows are expected to have been rotated (conversion folds that into the
 weights), after which their numbers are spread like those of a normal distribution: one scale serves a whole row, and no
-offset pays. Where few bits would spend their codes on rare large numbers, the scale follows CLIP times the row's rms, which
-loses least squared error on such rows. Three layouts, each with the scale as bfloat16 behind it, low byte first:
+offset pays. A scale that follows CLIP times the row's rms loses least squared error on such rows; but a rotary key, which nothing
+may mix, can have numbers far beyond that, and there the scale follows the largest one: of the two, the one with the smaller
+squared error. Three layouts, each with the scale as bfloat16 behind it, low byte first:
 
 - 8 bits: x ≈ s · (code − 127.5), a byte for each code.
 - 4 bits: x ≈ s · (code − 7.5); byte i holds code i in its low half and code i + n / 2 in its high half.
@@ -26,6 +27,8 @@ from torch import Tensor
 
 # Bits of each number, or how many numbers each bit plane reaches.
 Bits = int | tuple[int, ...]
+# Numbers of as many bits: (bits, first, end) of each run.
+Runs = list[tuple[int, int, int]]
 
 # Largest number that has a code of its own, in units of the row's rms, by bits: near the best for normal numbers.
 CLIP = {1: 0.8, 2: 1.55, 3: 2.2, 4: 2.75, 5: 3.1, 6: 3.4, 7: 3.7, 8: 4.0}
@@ -92,16 +95,14 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     infinity come back as NaN, whole rows of them."""
     if rows.shape[-1] == 0:
         return rows.new_empty(rows.shape, dtype=torch.uint8)
+    numbers, scale, _ = _in_codes(_wide(rows), bits)
+    codes = numbers.to(torch.uint8)
     if isinstance(bits, int) and bits in (8, 4):
-        numbers, scale = _in_codes(_wide(rows), bits)
-        codes = numbers.to(torch.uint8)
         if bits == 4:
             low, high = codes.chunk(2, dim=-1)
             codes = low | (high << 4)
     else:
-        planes = planes_of(bits, rows.shape[-1])
-        numbers, scale = _in_planes(_wide(rows), planes)
-        codes = _planes_of_bytes(numbers.to(torch.uint8), planes)
+        codes = _planes_of_bytes(codes, planes_of(bits, rows.shape[-1]))
     return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
 
 
@@ -127,22 +128,9 @@ def as_cached(rows: Tensor, bits: Bits) -> Tensor:
     (straight-through estimator, arXiv 1308.3432)."""
     if bits == 16 or rows.shape[-1] == 0:
         return rows
-    values = _wide(rows.detach())
-    if isinstance(bits, int) and bits in (8, 4):
-        codes, scale = _in_codes(values, bits)
-        middle = (2**bits - 1) / 2
-    else:
-        planes = planes_of(bits, rows.shape[-1])
-        codes, scale = _in_planes(values, planes)
-        codes, middle = codes + _behind(planes, codes), 128.0
-    rounded: Tensor = ((codes - middle) * scale.float()).to(rows.dtype)
+    codes, scale, middle = _in_codes(_wide(rows.detach()), bits)
+    rounded = ((codes - middle) * scale.float()).to(rows.dtype)
     return rows + (rounded - rows.detach()) if rows.requires_grad else rounded
-
-
-def _reach(values: Tensor, bits: int) -> Tensor:
-    """The largest number that is to have a code of its own [..., 1]."""
-    largest, rms = values.abs().amax(dim=-1, keepdim=True), values.square().mean(dim=-1, keepdim=True).sqrt()
-    return torch.minimum(largest, CLIP[bits] * rms)
 
 
 def _wide(rows: Tensor) -> Tensor:
@@ -151,26 +139,48 @@ def _wide(rows: Tensor) -> Tensor:
     return rows.to(torch.float64 if rows.device.type in ("cpu", "cuda") else torch.float32)
 
 
-def _in_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of 8 or 4 bits as float32 numbers, and the scale [..., 1]."""
-    middle = (2**bits - 1) / 2
-    scale = (_reach(values, bits) / middle).clamp_min(_LEAST).to(torch.bfloat16)
-    codes = (values.float() / scale.float() + middle).round().clamp(0, 2**bits - 1).nan_to_num(0)
-    return codes, scale
+def _in_codes(values: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Codes as float32 numbers, in bit planes those of whole bytes; the scale [..., 1]; and the code that zero would have, [n] in
+    bit planes: values ≈ scale · (codes − middle)."""
+    in_planes = not isinstance(bits, int) or bits not in (8, 4)
+    runs = list(classes_of(planes_of(bits, values.shape[-1]))) if in_planes else [(bits, 0, values.shape[-1])]
+    middle: Tensor | float = 128.0 if in_planes else (2**bits - 1) / 2
+    if in_planes:
+        middle = middle - _behind(runs, values.float())
+    clipped, whole = (scale.clamp_min(_LEAST).to(torch.bfloat16) for scale in _scales(values, runs, in_planes))
+    codes, other = (_rounded(values, scale.float(), runs, in_planes) for scale in (clipped, whole))
+    lost, other_lost = (
+        ((found - middle) * scale.float() - values).square().sum(dim=-1, keepdim=True)
+        for found, scale in ((codes, clipped), (other, whole))
+    )
+    wider = other_lost < lost
+    return torch.where(wider, other, codes), torch.where(wider, whole, clipped), middle
 
 
-def _in_planes(values: Tensor, planes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The first bits of each number's byte as a float32 number, and the scale [..., 1]: large enough for each run of numbers."""
-    runs = list(classes_of(planes))
-    reach = [_reach(values[..., first:end], bits) / (128 - 2.0 ** (7 - bits)) for bits, first, end in runs]
-    scale = torch.stack(reach).amax(dim=0).clamp_min(_LEAST).to(torch.bfloat16)
-    scaled = values.float() / scale.float()
+def _scales(values: Tensor, runs: Runs, in_planes: bool) -> tuple[Tensor, Tensor]:
+    """The scales [..., 1] by CLIP and by the largest number, large enough for each run of numbers."""
+    clipped, whole = [], []
+    for bits, first, end in runs:
+        run = values[..., first:end]
+        largest, rms = run.abs().amax(dim=-1, keepdim=True), run.square().mean(dim=-1, keepdim=True).sqrt()
+        most = 128 - 2.0 ** (7 - bits) if in_planes else (2**bits - 1) / 2
+        clipped.append(torch.minimum(largest, CLIP[bits] * rms) / most)
+        whole.append(largest / most)
+    return torch.stack(clipped).amax(dim=0), torch.stack(whole).amax(dim=0)
+
+
+def _rounded(values: Tensor, scale: Tensor, runs: Runs, in_planes: bool) -> Tensor:
+    """The codes at a scale; in bit planes the first bits of each number's byte."""
+    scaled = values.float() / scale
+    if not in_planes:
+        most = 2 ** runs[0][0] - 1
+        return (scaled + most / 2).round().clamp(0, most).nan_to_num(0)
     codes = [
         # 2^(8−b) scales apart, of which the lowest covers what is below −128 + 2^(8−b)
         ((scaled[..., first:end] / 2 ** (8 - bits)).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1) * 2 ** (8 - bits)
         for bits, first, end in runs
     ]
-    return torch.cat(codes, dim=-1).nan_to_num(0), scale
+    return torch.cat(codes, dim=-1).nan_to_num(0)
 
 
 def _planes_of_bytes(numbers: Tensor, planes: tuple[int, ...]) -> Tensor:
@@ -183,9 +193,9 @@ def _planes_of_bytes(numbers: Tensor, planes: tuple[int, ...]) -> Tensor:
     return torch.cat(bits_of, dim=-1)
 
 
-def _behind(planes: tuple[int, ...], like: Tensor) -> Tensor:
+def _behind(runs: Runs, like: Tensor) -> Tensor:
     """The bit behind the lowest one of each number [n]."""
-    return torch.cat([like.new_full((end - first,), 1 << 7 - bits) for bits, first, end in classes_of(planes)])
+    return torch.cat([like.new_full((end - first,), 1 << 7 - bits) for bits, first, end in runs])
 
 
 def _bytes_of_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
@@ -196,4 +206,4 @@ def _bytes_of_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
     for plane, (reached, part) in enumerate(zip(planes, parts, strict=True)):
         ones = (part.unsqueeze(-1) >> shifts & 1).flatten(-2)
         numbers[..., :reached] |= ones << 7 - plane
-    return numbers | _behind(planes, numbers)
+    return numbers | _behind(list(classes_of(planes)), numbers)

@@ -34,13 +34,29 @@ float from_bfloat16(uint16_t half) {
   return value;
 }
 
-void pack_row(const float* row, const PackParams& params, uint8_t* to) {
-  double wanted = 0;
+// The scale of a row as it is stored: of the two that its runs ask for the one with the smaller error.
+uint16_t scale_of(const float* row, const PackParams& params) {
+  Scales wanted{0, 0};
   for (int bits = 1; bits <= 8; ++bits) {
     const Run run = run_of(params.bits, params.width, bits);
-    if (run.first < run.end) wanted = larger_scale(wanted, scale_for(row, run, params.bits));
+    if (run.first >= run.end) continue;
+    const Scales scales = scales_for(row, run, params.bits);
+    wanted = {larger_scale(wanted.clipped, scales.clipped), larger_scale(wanted.whole, scales.whole)};
   }
-  const uint16_t stored = to_bfloat16(static_cast<float>(least_scale(wanted)));
+  const uint16_t clipped = to_bfloat16(static_cast<float>(least_scale(wanted.clipped)));
+  const uint16_t whole = to_bfloat16(static_cast<float>(least_scale(wanted.whole)));
+  if (clipped == whole) return clipped;
+  double lost = 0, lost_whole = 0;
+  for (int bits = 1; bits <= 8; ++bits) {
+    const Run run = run_of(params.bits, params.width, bits);
+    lost += error_of(row, run, from_bfloat16(clipped), params.bits);
+    lost_whole += error_of(row, run, from_bfloat16(whole), params.bits);
+  }
+  return lost_whole < lost ? whole : clipped;
+}
+
+void pack_row(const float* row, const PackParams& params, uint8_t* to) {
+  const uint16_t stored = scale_of(row, params);
   const float scale = from_bfloat16(stored);
   const int64_t pieces = num_pieces(params.bits, params.width);
   for (int64_t piece = 0; piece < pieces; ++piece) write_piece(row, params.width, params.bits, scale, piece, to);

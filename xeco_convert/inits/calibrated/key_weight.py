@@ -36,4 +36,5 @@ def weighed_layer(
         output = mla_output(factors, source.num_attention_heads, inputs, view.context())
         return float(((output - target).square().mean(dim=-1) * shares).sum())
 
-    return min((measurements.calibrated_layer(view, source, weight) for weight in KEY_WEIGHTS), key=error)
+    layer = measurements.calibrated_layer(view, source)
+    return min((layer.with_key_weight(weight) for weight in KEY_WEIGHTS), key=error)

@@ -81,6 +81,7 @@ class CalibratedLayers:
         self._windows = self._measurements.windows
         self._num_calibrated = self._measurements.num_calibrated
         self._fidelity: Fidelity | None = None
+        self._key_weights: dict[int, float] = {}  # by layer, once they are chosen
 
     def spectra(self) -> list[NDArray[np.float64]]:
         """Of the calibrated latents: an energy is a share of squared singular values, which their eigenvalues are."""
@@ -264,11 +265,17 @@ class CalibratedLayers:
         return factors, layer.errors(rank, rope), details
 
     def _weighed(self, view: LayerView, source: SourceAttention, widths: Widths) -> CalibratedLayer:
-        """The closed form of a layer, with keys weighed for these widths; what a NoPE layer does not rotate is latent."""
+        """The closed form of a layer, with keys weighed for these widths, or for those of the survey where there was one; what a
+        NoPE layer does not rotate is latent."""
         if not source.rotated:
             widths = Widths(kv_lora_rank=widths.total, qk_rope_head_dim=0)
         with self._watch.part("closed form"):
-            return weighed_layer(self._measurements, view, source, widths)
+            if view.number in self._key_weights:
+                layer = self._measurements.calibrated_layer(view, source)
+                return layer.with_key_weight(self._key_weights[view.number])
+            layer = weighed_layer(self._measurements, view, source, widths)
+            self._key_weights[view.number] = layer.key_weight
+            return layer
 
     @torch.no_grad()
     def _with_steady_norm(self, view: LayerView, factors: MlaAttention) -> tuple[MlaAttention, dict[str, Any]]:

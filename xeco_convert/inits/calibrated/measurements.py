@@ -98,7 +98,7 @@ class Measurements:
         return source.with_linear_keys(stored["weight"].to(self._device), bias), stored["errors"]
 
     @torch.no_grad()
-    def calibrated_layer(self, view: LayerView, source: SourceAttention, key_weight: float = 1.0) -> CalibratedLayer:
+    def calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
         """The layer's closed form."""
         source, _ = self.with_linear_keys(view, source)
         name = f"statistics-{view.number}"
@@ -113,9 +113,7 @@ class Measurements:
         statistics = LayerStatistics(**stored).to(self._device)
         self._warn_of_unseen(view.number, statistics)
         portable = self._plan.options.portable
-        return CalibratedLayer(
-            source, statistics, view.softmax_scale, one_per_frequency=portable, key_weight=key_weight
-        )
+        return CalibratedLayer(source, statistics, view.softmax_scale, one_per_frequency=portable)
 
     def _warn_of_unseen(self, layer: int, statistics: LayerStatistics) -> None:
         """Once for each layer whose statistics needed the ridge."""
