@@ -1,23 +1,23 @@
 """A first pass over the source that finds what each layer's widths would cost at the model's output.
 
-For every layer: the error of its attention's output at each of the widths on offer, and the KL at the model's output that
-converting this layer alone causes. The latter needs no second pass: a copy of a few windows branches off at a layer and
-moves through the layers above beside the source's own hidden states. Where the layers will be refined, a short regression at
-a few of the widths shows what share of the error refinement leaves: layers differ by more than twice there.
+For every layer: the error of its attention's output at each of the widths on offer (output_errors.py), and the KL at the
+model's output that converting this layer alone causes. The latter needs no second pass: a copy of a few windows branches off at
+a layer and moves through the layers above beside the source's own hidden states. Where the layers will be refined, a short
+regression at a few of the widths shows what share of the error refinement leaves: layers differ by more than twice there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xeco_convert.calibration.output_errors import Share, estimated_errors
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.factorize.attention import mla_output
@@ -37,8 +37,6 @@ _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers abo
 _MOST_PROBES = 4  # sizes at which a layer is refined for a look
 _PROBE_SHARE = 0.6  # of a layer's time that they take, about: for the progress
 
-# Takes the share that is done.
-Share = Callable[[float], None]
 # What some widths cache per token, in the unit of a budget.
 Size = Callable[[Widths], float]
 # Refines a layer for a look: the factors, and the share of their error that is left.
@@ -69,8 +67,7 @@ class Survey:
         windows: CalibrationWindows,
         size: Size,
     ) -> None:
-        # by rotary width: each takes a decomposition of its own
-        self._offers = sorted(offers, key=lambda offer: offer.qk_rope_head_dim)
+        self._offers = list(offers)
         self._average = average
         self._size = size
         tokens = _BRANCH_TOKENS if len(layers) <= _MOST_BRANCHES // 2 else _BRANCH_TOKENS // 2
@@ -101,30 +98,23 @@ class Survey:
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
         part = slice(0, max(1, _ERROR_TOKENS // self._windows.ids.shape[1]))
         few, target, weights = view.normed(view.inputs[part]), view.attention_output[part], view.token_weights(part)
-        most = {rope: max(each.kv_lora_rank for each in same) for rope, same in _by_rotary_width(offers)}
-
-        @cache
-        def widest(rope: int) -> MlaAttention:
-            return layer.factors(most[rope], rope).to(torch.float32)
 
         def factors(offer: Widths) -> MlaAttention:
-            first = widest(offer.qk_rope_head_dim).with_first_rows(offer.kv_lora_rank)
+            closed_form = layer.factors(offer.kv_lora_rank, offer.qk_rope_head_dim).to(torch.float32)
             if offer.bits == (16, 16):
-                return first
+                return closed_form
             energies = layer.energies(offer.kv_lora_rank, offer.qk_rope_head_dim)
-            return with_codes(first, heads, *offer.bits, energies)
+            return with_codes(closed_form, heads, *offer.bits, energies)
 
         def error(offer: Widths) -> float:
             lost = mla_output(factors(offer), heads, few, context) - target
             return float((lost.square() * weights[..., None]).sum() / (target.square() * weights[..., None]).sum())
 
         of_probes = 0.0 if probe is None else _PROBE_SHARE
-        errors: dict[Widths, float] = {}
-        for number, offer in enumerate(offers):
-            on_progress((1 - of_probes) * number / len(offers))
-            errors[offer] = error(offer)
+        errors = estimated_errors(offers, layer, error, lambda share: on_progress((1 - of_probes) * share))
         # the branch stands for what this layer will be: the best of those that take the average
         branch = best_of_size(errors, self._average, self._size)
+        errors[branch] = error(branch)  # the price of all others is taken from it
         branch_factors = factors(branch)
         if probe is not None:
             refined, probed = {}, probed_offers(errors, branch, self._size)
@@ -158,12 +148,6 @@ class Survey:
             {offer: interpolated(prices, number) * error for offer, error in layer.errors.items()}
             for number, layer in self._layers.items()
         ]
-
-
-def _by_rotary_width(offers: Sequence[Widths]) -> Iterator[tuple[int, list[Widths]]]:
-    """Offers, sorted by rotary width, of each width."""
-    for rope, same in groupby(offers, key=lambda offer: offer.qk_rope_head_dim):
-        yield rope, list(same)
 
 
 def best_of_size(errors: Mapping[Widths, float], size: float, size_of: Size) -> Widths:

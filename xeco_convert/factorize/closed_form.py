@@ -137,6 +137,10 @@ class CalibratedLayer:
         rotary = self._components.gain[qk_rope_head_dim // 2 :].sum()
         return float(self.latent_spectrum(qk_rope_head_dim)[kv_lora_rank:].sum() + rotary / self._expected_square())
 
+    def as_share(self, squared_error: float | Tensor) -> float:
+        """A squared output error, such as energies add up to, relative to what the heads put out."""
+        return float(squared_error / self._expected_square())
+
     def energies(self, kv_lora_rank: int, qk_rope_head_dim: int) -> RowEnergies:
         """Mean squares of what a layer of these widths caches, in output units: every row counts alike."""
         latent = self._latent(qk_rope_head_dim)[0][:kv_lora_rank]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from xeco_convert.ops.packed_rows import CLIP, MOST_PLANES, classes_of
 _LEAST_SHARE = 1e-6  # of the mean energy
 _LEAST_PLANES = 2  # one bit loses a third of a number
 # K_b: mean squared error of a normal number in b bits, cut off at CLIP
-_LOST = {2: 0.119, 3: 0.0384, 4: 0.0122, 5: 0.0036, 6: 0.00106, 7: 0.00031}
+_LOST = {2: 0.119, 3: 0.0384, 4: 0.0122, 5: 0.0036, 6: 0.00106, 7: 0.00031, 8: 0.00008}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,10 @@ def allotted_planes(energies: Tensor, bits: int) -> tuple[int, ...]:
     Bits are given a byte at a time to the plane where they save most, then moved as long as that saves something; all rows get
     the same where that is no worse. n is a multiple of 8, `bits` from 2 to 7.
     """
-    num_rows = energies.numel()
-    least = _LEAST_SHARE * float(energies.mean())
-    roots = [0.0, *energies.clamp_min(least).sqrt().cumsum(0).tolist()]
+    num_rows, roots = energies.numel(), _summed_roots(energies)
 
     def cost(planes: tuple[int, ...]) -> float:
-        runs = classes_of(planes)
-        return math.fsum(_LOST[run] * (roots[end] - roots[first]) ** 2 / (end - first) for run, first, end in runs)
+        return _loss(roots, classes_of(planes))
 
     planes = (num_rows,) * _LEAST_PLANES
     for _ in range(num_rows * (bits - _LEAST_PLANES) // 8):
@@ -77,6 +74,30 @@ def allotted_planes(energies: Tensor, bits: int) -> tuple[int, ...]:
         if cost(best) >= cost(planes):
             return min((num_rows,) * bits, planes, key=cost)
         planes = best
+
+
+def expected_loss(energies: Tensor, bits: Bits) -> float:
+    """Squared error that rows with these energies [n], strongest first, will have in so many bits, in units of the energies."""
+    if energies.numel() == 0:
+        return 0.0
+    planes = planes_for(bits, energies)
+    runs = classes_of(planes) if isinstance(planes, tuple) else [(planes, 0, energies.numel())]
+    return _loss(_summed_roots(energies), runs)
+
+
+def planes_for(bits: Bits, energies: Tensor) -> Bits:
+    """The bit planes of a latent that lies in those; other bits as they are."""
+    return allotted_planes(energies, bits) if isinstance(bits, int) and bits in (6, 3) else bits
+
+
+def _summed_roots(energies: Tensor) -> list[float]:
+    """Σ √E of the first 0, 1, … n rows."""
+    least = _LEAST_SHARE * float(energies.mean())
+    return [0.0, *energies.clamp_min(least).sqrt().cumsum(0).tolist()]
+
+
+def _loss(roots: Sequence[float], runs: Iterable[tuple[int, int, int]]) -> float:
+    return math.fsum(_LOST[bits] * (roots[end] - roots[first]) ** 2 / (end - first) for bits, first, end in runs)
 
 
 def _changed(planes: tuple[int, ...], more: int, less: int = 0) -> Iterator[tuple[int, ...]]:
@@ -110,8 +131,7 @@ def with_codes(
         mla = balance_scales(mla, num_heads)
     else:
         # behind a norm the basis has no order of strength
-        if isinstance(latent_bits, int) and latent_bits in (6, 3) and weight is None:
-            bits = allotted_planes(energies.latent, latent_bits)
+        bits = planes_for(latent_bits, energies.latent) if weight is None else latent_bits
         mla = _scaled(mla, num_heads, energies, bits)
     turn = _turn_of(bits, rank).to(mla.kv_b_weight.device)
     kv_a_bias = None if mla.kv_a_bias is None else _turned(turn, mla.kv_a_bias[:, None], rank)[:, 0]

@@ -142,11 +142,10 @@ def _wide(rows: Tensor) -> Tensor:
 def _in_codes(values: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | float]:
     """Codes as float32 numbers, in bit planes those of whole bytes; the scale [..., 1]; and the code that zero would have, [n] in
     bit planes: values ≈ scale · (codes − middle)."""
-    in_planes = not isinstance(bits, int) or bits not in (8, 4)
-    runs = list(classes_of(planes_of(bits, values.shape[-1]))) if in_planes else [(bits, 0, values.shape[-1])]
-    middle: Tensor | float = 128.0 if in_planes else (2**bits - 1) / 2
+    runs, in_planes = _runs_of(bits, values.shape[-1])
+    middle: Tensor | float = (2 ** runs[0][0] - 1) / 2
     if in_planes:
-        middle = middle - _behind(runs, values.float())
+        middle = 128.0 - _behind(runs, values.float())
     clipped, whole = (scale.clamp_min(_LEAST).to(torch.bfloat16) for scale in _scales(values, runs, in_planes))
     codes, other = (_rounded(values, scale.float(), runs, in_planes) for scale in (clipped, whole))
     lost, other_lost = (
@@ -155,6 +154,13 @@ def _in_codes(values: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | floa
     )
     wider = other_lost < lost
     return torch.where(wider, other, codes), torch.where(wider, whole, clipped), middle
+
+
+def _runs_of(bits: Bits, width: int) -> tuple[Runs, bool]:
+    """Runs of numbers with as many bits, and whether they lie in bit planes."""
+    if isinstance(bits, int) and bits in (8, 4):
+        return [(bits, 0, width)], False
+    return list(classes_of(planes_of(bits, width))), True
 
 
 def _scales(values: Tensor, runs: Runs, in_planes: bool) -> tuple[Tensor, Tensor]:
@@ -174,7 +180,8 @@ def _rounded(values: Tensor, scale: Tensor, runs: Runs, in_planes: bool) -> Tens
     scaled = values.float() / scale
     if not in_planes:
         most = 2 ** runs[0][0] - 1
-        return (scaled + most / 2).round().clamp(0, most).nan_to_num(0)
+        plain: Tensor = (scaled + most / 2).round().clamp(0, most).nan_to_num(0)
+        return plain
     codes = [
         # 2^(8−b) scales apart, of which the lowest covers what is below −128 + 2^(8−b)
         ((scaled[..., first:end] / 2 ** (8 - bits)).floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1) * 2 ** (8 - bits)
