@@ -239,7 +239,9 @@ class CalibratedLayer:
         in the output, those of heads that look elsewhere do not."""
         source = self._source
         groups, repeats, dim = source.num_key_value_heads, source.heads_per_group, source.head_dim
-        products = torch.einsum("hk,hxd,kxe->hdke", self._statistics.overlap, self._w_o, self._w_o)
+        outer = source.o_weight.double()
+        products = (outer.T @ outer).view(groups * repeats, dim, groups * repeats, dim)
+        products = products * self._statistics.overlap[:, None, :, None]
         return products.view(groups, repeats, dim, groups, repeats, dim).sum(dim=(1, 4)).reshape(groups * dim, -1)
 
     def _query_maps(self, qk_rope_head_dim: int) -> Tensor:
