@@ -137,7 +137,7 @@ def memory_rows(work_dir: Path, config: dict[str, Any], options: argparse.Namesp
     write_checkpoint(deep, config, layers[1])
     link_shallower(deep, shallow, config, layers[0])
     for folder in (deep, shallow):
-        _write_tokenizer(folder, config["vocab_size"])
+        write_tokenizer(folder, config["vocab_size"])
     tokens = work_dir / "tokens.json"
     ids = torch.randint(config["vocab_size"], (32, 512), generator=torch.Generator().manual_seed(0))
     tokens.write_text(json.dumps(ids.tolist()), encoding="utf-8")
@@ -151,7 +151,7 @@ def memory_rows(work_dir: Path, config: dict[str, Any], options: argparse.Namesp
     return rows
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """A word for each token id: calibration needs a tokenizer even where the tokens are given."""
     from tokenizers import Tokenizer, models
 

@@ -35,6 +35,7 @@ from xeco_convert.factorize.joint_svd import joint_key_value_factors
 
 GIB = 2**30
 SPEEDUP_CLAIM = 10.0
+_DEFAULT_SHAPES = ("llama-3.2-1b", "llama-3.1-8b")
 SPEEDUP_SHAPE = "llama-3.2-1b"
 
 
@@ -381,7 +382,9 @@ def time_table(results: Sequence[ShapeResult]) -> str:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=list(SHAPES), help="shapes [all]")
+    parser.add_argument(
+        "--shape", nargs="+", choices=sorted(SHAPES), default=list(_DEFAULT_SHAPES), help="shapes [Llama's]"
+    )
     parser.add_argument("--layers-made", type=int, default=3, help="decoder layers of the made checkpoints, >= 2 [3]")
     parser.add_argument("--rank", type=int, help="kv_lora_rank [a quarter of the source's cache]")
     parser.add_argument("--runs", type=int, default=3, help="runs of everything; medians are given [3]")

@@ -52,6 +52,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROPE, "rope_theta": 500000.0, "factor": 8.0},
         "tie_word_embeddings": False,
     },
+    "qwen3-32b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
 }
 _BLOCK_NUMBERS = 2**24  # random numbers drawn at once, in float32: 64 MiB
 
@@ -71,6 +88,8 @@ def layer_shapes(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, 
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
+    if config["model_type"] == "qwen3":
+        shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
 
 
