@@ -15,7 +15,7 @@ inline void check_layout(const char* op, const char* rows_name, const char* bits
     require(plane_bytes(bits, 0) * 8 == width, op, ": ", bits_name, ": the first bit plane reaches every number, got ",
             plane_bytes(bits, 0) * 8, " of ", width);
   }
-  require(known, op, ": ", bits_name, ": expected 8, 6, 4 or 3, or what 2 to ", kMostPlanes,
+  require(known, op, ": ", bits_name, ": expected 8, 6, 5, 4, 3 or 2, or what 2 to ", kMostPlanes,
           " bit planes reach, one no further than the one before, got layout ", bits);
   require(bits != 4 || width % 2 == 0, op, ": ", rows_name, ": a row in 4 bits needs an even width, got ", width);
 }

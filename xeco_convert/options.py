@@ -20,8 +20,9 @@ CACHE_BITS = {
     "16": ((16, 16),),
     "8": ((8, 8),),
     "4": ((4, 8), (4, 4)),
-    "3": ((3, 6), (3, 4)),
-    "auto": ((16, 16), (8, 8), (4, 6), (4, 4), (3, 6), (3, 4)),
+    "3": ((3, 6), (3, 5), (3, 4)),
+    "2": ((2, 6), (2, 5), (2, 4)),
+    "auto": ((16, 16), (8, 8), (4, 6), (4, 4), (3, 6), (3, 5), (3, 4), (2, 6), (2, 5), (2, 4)),
 }
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,8 +58,9 @@ class ConvertOptions:
         False,
     )
     cache_bits: str = option(
-        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4 or 3 (of latents; rotary keys get 8 beside 4, or 6 "
-        "beside 3, or 4 where a KV size chooses them), or auto, chosen for each layer with its widths (needs a KV size).",
+        "Bits of a cached number: 16 (the model's dtype as it is), 8, 4, 3 or 2 (of latents; rotary keys get 8 beside 4, or 6 "
+        "beside 3 and 2, or as few as 4 where a KV size chooses them), or auto, chosen for each layer with its widths (needs a "
+        "KV size).",
         "16",
         choices=tuple(CACHE_BITS),
     )

@@ -48,8 +48,14 @@ def test_layers_are_those_of_the_whole_model(variant: str, rope: str, tmp_path: 
             again = view.run_with_attention(view.inputs, found)
             torch.testing.assert_close(again, view.outputs, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(view.run(view.inputs), view.outputs, rtol=1e-4, atol=1e-5)
+            beginnings = view.run(view.inputs[:, :7]), view.run_with_attention(view.inputs[:, :7], found[:, :7])
+            for outputs in beginnings:
+                torch.testing.assert_close(outputs, view.outputs[:, :7], rtol=1e-4, atol=1e-5)
             assert type(view.attention).__name__ != "_Given"
             assert view.inputs.dtype == torch.float32
+    for view, whole in zip(stream.layers(2), hidden, strict=True):
+        torch.testing.assert_close(view.inputs, whole[:2], rtol=1e-4, atol=1e-5)
+        assert view.counts.shape == view.outputs.shape[:2] == (2, windows.ids.shape[1])
     assert last.number == 2
     # the outputs of the last layer are the final hidden states, whose logits are the model's
     torch.testing.assert_close(stream.output_head().logits(last.outputs), logits, rtol=1e-4, atol=1e-4)

@@ -62,8 +62,14 @@ def surveyed(llama: Path, share: float | None = None) -> tuple[list[dict[Widths,
     return survey.costs(view.outputs, stream.output_head()), survey
 
 
-def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
-    """Layer 1 alone converted at the branch's widths, and run by hand."""
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_cost_of_the_branch_is_its_kl_at_the_output(
+    deep: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 1 alone converted at the branch's widths, and run by hand; half of half of the windows in deep models."""
+    monkeypatch.setattr(surveying, "_BRANCH_TOKENS", 8 * 24)
+    if deep:
+        monkeypatch.setattr(surveying, "_DEEP", 2)
     costs, survey = surveyed(llama)
     plan, windows = plan_for(llama), random_windows(8, 24)
     branch = best_of_size(survey._layers[1].errors, 10, numbers)
@@ -85,7 +91,9 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(llama: Path) -> None:
                 hidden = view.run_with_attention(view.inputs, output)
             elif view.number > 1:
                 hidden = view.run(hidden)
-    logp, other = (stream.output_head().logits(states).log_softmax(dim=-1) for states in (view.outputs, hidden))
+    part = (slice(4), slice(12)) if deep else (slice(8), slice(24))
+    assert survey._branches[1].shape[:2] == (part[0].stop, part[1].stop)
+    logp, other = (stream.output_head().logits(states[part]).log_softmax(dim=-1) for states in (view.outputs, hidden))
     kl = float(torch.nn.functional.kl_div(other, logp, log_target=True, reduction="none").sum(dim=-1).mean())
     assert costs[1][branch] == pytest.approx(kl, rel=1e-3)
     assert survey._layers[1].errors[branch] == pytest.approx(error, rel=1e-4)
@@ -104,7 +112,6 @@ def test_what_refinement_leaves_everywhere_alike_changes_no_cost(llama: Path) ->
 def test_beyond_the_most_branches_prices_are_interpolated(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = surveyed(llama)
     monkeypatch.setattr(surveying, "_MOST_BRANCHES", 2)
-    monkeypatch.setattr(surveying, "_BRANCH_TOKENS", 2 * surveying._BRANCH_TOKENS)  # the same windows
     costs, survey = surveyed(llama)
     assert set(survey._branches) == {0, 2}
     prices = [layer[OFFERS[0]] / survey._layers[number].errors[OFFERS[0]] for number, layer in enumerate(costs)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any
 
@@ -128,7 +129,8 @@ def test_candidates_are_rounded_around_the_average_and_few(
     full_rank: int, most_rope: int, multiple: int, average: float
 ) -> None:
     offers = candidate_widths(full_rank, most_rope, multiple, average)
-    assert len(offers) == len(set(offers)) <= 25
+    ropes = {offer.qk_rope_head_dim for offer in offers}
+    assert len(offers) == len(set(offers)) <= 16 * len(ropes) and len(ropes) <= 2 * math.log2(2 * most_rope)
     for offer in offers:
         assert offer.kv_lora_rank % multiple == 0 and 0 < offer.kv_lora_rank <= full_rank
         assert offer.qk_rope_head_dim % rope_step(multiple) == 0 and 0 < offer.qk_rope_head_dim <= most_rope

@@ -21,7 +21,7 @@ from xeco_convert.factorize.spread import expected_loss
 from xeco_convert.ranks import Widths
 
 _MOST_MEASURED = 9  # widths whose factor is measured
-_ROTARY_WIDTHS = 4  # where codes of rotary keys are measured, for each number of bits
+_ROTARY_WIDTHS = 3  # where codes of rotary keys are measured, for each number of bits
 _SIGNAL = 1e-6  # of the largest error that is expected: less is rounding, and no factor comes from it
 
 Measure = Callable[[Widths], float]

@@ -72,14 +72,16 @@ class LayerView:
             yield slice(start, min(start + BATCH_WINDOWS, hidden.shape[0]))
 
     def run(self, inputs: Tensor) -> Tensor:
-        """Output of the whole decoder layer on some windows [w, T, X]."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
+        """Output of the whole decoder layer on some windows [w, t, X], or on their first tokens alone."""
+        length = inputs.shape[1]
+        positions = torch.arange(length, device=inputs.device).unsqueeze(0)
+        cos, sin = self.position_embeddings
         try:
             output = self.layer(
                 inputs,
-                attention_mask=self.layer_mask,
+                attention_mask=None if self.layer_mask is None else self.layer_mask[..., :length, :length],
                 position_ids=positions,
-                position_embeddings=self.position_embeddings,
+                position_embeddings=(cos[:, :length], sin[:, :length]),
                 use_cache=False,
             )
         except (
@@ -199,9 +201,10 @@ class SourceStream:
             source, self._config, type(self._skeleton.rotary_emb), windows.ids.shape[1], device
         )
 
-    def layers(self) -> Iterator[LayerView]:
-        """Each layer with the hidden states before it. The view's tensors are valid until the next one is asked for."""
-        hidden, source, family = self._embedded(), self._source, self._source.family
+    def layers(self, num_windows: int | None = None) -> Iterator[LayerView]:
+        """Each layer with the hidden states before it, of all windows or of the first alone. The view's tensors are valid until
+        the next one is asked for."""
+        hidden, source, family = self._embedded()[:num_windows], self._source, self._source.family
         for number in range(source.geometry.num_hidden_layers):
             cos, sin = self._tables.whole_heads(number)
             view = LayerView(
@@ -210,7 +213,7 @@ class SourceStream:
                 inputs=hidden,
                 attention_output=torch.empty_like(hidden),
                 outputs=torch.empty_like(hidden),
-                counts=self._windows.counts.to(self._device),
+                counts=self._windows.counts[:num_windows].to(self._device),
                 cos=cos,
                 sin=sin,
                 mask=self._mask(number),

@@ -29,7 +29,8 @@ from xeco_convert.quality.fidelity import stream_divergences
 from xeco_convert.ranks import Widths
 from xeco_convert.ranks.budget import without_rotation
 
-_BRANCH_TOKENS = 2048  # for the KL at the output; half of it in models of more than 16 layers
+_BRANCH_TOKENS = 2048  # for the KL at the output
+_DEEP = 16  # beyond so many layers half of the windows branch off, and half of each
 _KL_TOKENS = 512  # of them whose logits are computed: a vocabulary is most of a small model
 _ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
 _ROUNDING = 1e-12
@@ -70,8 +71,8 @@ class Survey:
         self._offers = list(offers)
         self._average = average
         self._size = size
-        tokens = _BRANCH_TOKENS if len(layers) <= _MOST_BRANCHES // 2 else _BRANCH_TOKENS // 2
-        self._windows = windows.first(max(1, tokens // windows.ids.shape[1]))
+        length, shares = windows.ids.shape[1], 2 if len(layers) > _DEEP else 1
+        self._windows = windows.first(max(1, _BRANCH_TOKENS // length // shares), max(1, length // shares))
         numbers = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_BRANCHES)).round().astype(int))
         self._branching = frozenset(layers[place] for place in numbers)
         self._layers: dict[int, _Surveyed] = {}
@@ -96,7 +97,7 @@ class Survey:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
-        part = slice(0, max(1, _ERROR_TOKENS // self._windows.ids.shape[1]))
+        part = slice(0, max(1, _ERROR_TOKENS // view.inputs.shape[1]))
         few, target, weights = view.normed(view.inputs[part]), view.attention_output[part], view.token_weights(part)
 
         def factors(offer: Widths) -> MlaAttention:
@@ -124,9 +125,10 @@ class Survey:
             branch_factors = refined[branch][0]
             errors = refined_errors(errors, {offer: share for offer, (_, share) in refined.items()}, self._size)
         if view.number in self._branching:
-            hidden = view.inputs[: self._windows.ids.shape[0]]
+            windows, length = self._windows.ids.shape
+            hidden = view.inputs[:windows]
             attention = mla_output(branch_factors, heads, view.normed(hidden), context)
-            self._branches[view.number] = view.run_with_attention(hidden, attention)
+            self._branches[view.number] = view.run_with_attention(hidden[:, :length], attention[:, :length])
         branch_error = errors[branch] if view.number in self._branching else None
         self._layers[view.number] = _Surveyed(errors=errors, branch_error=branch_error)
 
@@ -137,7 +139,8 @@ class Survey:
         """
         counts = self._windows.counts.to(final_hidden.device)
         branches = list(self._branches.values())
-        divergences = stream_divergences(head, final_hidden[: counts.shape[0]], branches, counts, _KL_TOKENS)
+        final_hidden = final_hidden[: counts.shape[0], : counts.shape[1]]
+        divergences = stream_divergences(head, final_hidden, branches, counts, _KL_TOKENS)
         prices: dict[float, float] = {}
         for number, kl in zip(self._branches, divergences, strict=True):
             error = self._layers[number].branch_error

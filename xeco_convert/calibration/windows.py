@@ -46,11 +46,10 @@ class CalibrationWindows:
             )
         return self
 
-    def first(self, num_windows: int) -> CalibrationWindows:
-        """The first windows alone."""
-        return CalibrationWindows(
-            ids=self.ids[:num_windows], counts=self.counts[:num_windows], description=self.description
-        )
+    def first(self, num_windows: int, length: int | None = None) -> CalibrationWindows:
+        """The first windows alone, or their first `length` tokens."""
+        part = slice(num_windows), slice(length)
+        return CalibrationWindows(ids=self.ids[part], counts=self.counts[part], description=self.description)
 
 
 def windows_of_documents(

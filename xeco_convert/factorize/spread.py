@@ -32,10 +32,10 @@ from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.modeling.layer_xeco import Bits
 from xeco_convert.ops.packed_rows import CLIP, MOST_PLANES, classes_of
 
+IN_PLANES = (6, 5, 3, 2)  # bits of numbers that lie in bit planes
 _LEAST_SHARE = 1e-6  # of the mean energy
-_LEAST_PLANES = 2  # one bit loses a third of a number
 # K_b: mean squared error of a normal number in b bits, cut off at CLIP
-_LOST = {2: 0.119, 3: 0.0384, 4: 0.0122, 5: 0.0036, 6: 0.00106, 7: 0.00031, 8: 0.00008}
+_LOST = {1: 0.363, 2: 0.119, 3: 0.0384, 4: 0.0122, 5: 0.0036, 6: 0.00106, 7: 0.00031, 8: 0.00008}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ def allotted_planes(energies: Tensor, bits: int) -> tuple[int, ...]:
     def cost(planes: tuple[int, ...]) -> float:
         return _loss(roots, classes_of(planes))
 
-    planes = (num_rows,) * _LEAST_PLANES
-    for _ in range(num_rows * (bits - _LEAST_PLANES) // 8):
+    planes: tuple[int, ...] = (num_rows,)
+    for _ in range(num_rows * (bits - 1) // 8):
         planes = min(_changed(planes, more=1), key=cost)
     while True:
         best = min(_changed(planes, more=1, less=1), key=cost, default=planes)
@@ -87,7 +87,7 @@ def expected_loss(energies: Tensor, bits: Bits) -> float:
 
 def planes_for(bits: Bits, energies: Tensor) -> Bits:
     """The bit planes of a latent that lies in those; other bits as they are."""
-    return allotted_planes(energies, bits) if isinstance(bits, int) and bits in (6, 3) else bits
+    return allotted_planes(energies, bits) if isinstance(bits, int) and bits in IN_PLANES else bits
 
 
 def _summed_roots(energies: Tensor) -> list[float]:
@@ -103,7 +103,7 @@ def _loss(roots: Sequence[float], runs: Iterable[tuple[int, int, int]]) -> float
 def _changed(planes: tuple[int, ...], more: int, less: int = 0) -> Iterator[tuple[int, ...]]:
     """All planes of which `more` reach a byte more, and `less` others a byte less."""
     padded = (*planes, *(0,) * (MOST_PLANES - len(planes)))
-    for places in itertools.permutations(range(_LEAST_PLANES, MOST_PLANES), more + less):
+    for places in itertools.permutations(range(1, MOST_PLANES), more + less):
         changed = list(padded)
         for number, place in enumerate(places):
             changed[place] += 8 if number < more else -8

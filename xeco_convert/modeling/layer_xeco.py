@@ -14,7 +14,7 @@ from typing import Any
 
 _WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _BIASES = ("q", "k", "v", "kv_a", "kv_b", "o")
-CACHE_BITS = (16, 8, 6, 4, 3)  # of a cached number; 16 stands for the numbers themselves, in the model's dtype
+CACHE_BITS = (16, 8, 6, 5, 4, 3, 2)  # of a cached number; 16 stands for the numbers themselves, in the model's dtype
 # Bits of each number, or how many numbers each bit plane reaches (ops/packed_rows.py): several numbers of bits in a row.
 Bits = int | tuple[int, ...]
 _BITS = ("latent_bits", "rope_bits")
@@ -90,8 +90,8 @@ class MlaLayer:
     rows, and qk_nope_head_dim is the source's head_dim. `k_norm` is the same of the keys: the source's k_proj, k_norm and
     v_proj stay (`biases` may name k and v), and kv_a_proj_with_mqa reads normalised keys and values of all groups in place of
     the layer's input; the source's head_dim is v_head_dim then. `logit_softcap` bounds the scores: cap · tanh(score / cap).
-    `latent_bits` and `rope_bits`: how latent and rotary key are cached, 16 for the numbers themselves, 8, 6, 4 or 3 for codes
-    with a scale for each token, widths of bit planes where the first numbers have more bits than the last.
+    `latent_bits` and `rope_bits`: how latent and rotary key are cached, 16 for the numbers themselves, 8, 6, 5, 4, 3 or 2 for
+    codes with a scale for each token, widths of bit planes where the first numbers have more bits than the last.
     """
 
     kv_lora_rank: int

@@ -11,7 +11,7 @@ squared error. Three layouts, each with the scale as bfloat16 behind it, low byt
 - Bit planes, for any other number of bits: plane p holds the p-th highest bit of the first w_p numbers, number i in bit i % 8 of
   byte i / 8, and w_0 = n ≥ w_1 ≥ …, all multiples of 8. A number that b planes reach has the code of b bits in the middle of
   the 2^(8−b) bytes that begin with it: x ≈ s · (byte − 128), byte = (2 · code + 1) · 2^(7−b). So numbers that count for more
-  can have more bits. 6 and 3 bits stand for as many planes of the whole width.
+  can have more bits. 6, 5, 3 and 2 bits stand for as many planes of the whole width.
 
 No code stands for zero, so that all are used.
 
@@ -46,13 +46,13 @@ def planes_of(bits: Bits, width: int) -> tuple[int, ...]:
 def bits_obstacle(bits: Bits, width: int) -> str | None:
     """Why no row of `width` numbers can have these bits, in words; None where one can."""
     if isinstance(bits, int):
-        known, multiple = bits in (8, 6, 4, 3), {8: 1, 4: 2}.get(bits, 8)
+        known, multiple = bits in (8, 6, 5, 4, 3, 2), {8: 1, 4: 2}.get(bits, 8)
     else:
         whole = all(reached % 8 == 0 and reached > 0 for reached in bits)
         known, multiple = whole and 2 <= len(bits) <= MOST_PLANES and list(bits) == sorted(bits, reverse=True), 8
     if not known:
         planes = f"how many numbers each of 2 to {MOST_PLANES} bit planes reaches, in eights and none more than the one before"
-        return f"expected 8, 6, 4 or 3, or {planes}, got {bits}"
+        return f"expected 8, 6, 5, 4, 3 or 2, or {planes}, got {bits}"
     if width % multiple:
         return f"expected rows of a multiple of {multiple} numbers, got {width}"
     if not isinstance(bits, int) and bits[0] != width:

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 Size = Callable[[Widths], int]  # bytes that some widths cache per token
 
 DEFAULT_MULTIPLE = 16  # attention kernels like ranks that are multiples of 16
-_MOST_CANDIDATES = 24  # each is tried on a few windows in every layer
+_MOST_RANKS = 16  # on offer for each rotary width
 _REST = 8  # ranks that what is left is spent on at a time: a byte in each bit plane
-_LEAST_CANDIDATES = 12  # of each number of bits where several are on offer
 
 
 @RANK_POLICIES.add
@@ -112,8 +111,7 @@ class KvBudget(RankPolicy):
             if facts.same_widths:
                 some = full_splits(facts.full_rank, facts.most_rope_dim, multiple, int(numbers))
             else:
-                most = max(_LEAST_CANDIDATES, _MOST_CANDIDATES // len(facts.bits))
-                some = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, numbers, most=most)
+                some = candidate_widths(facts.full_rank, facts.most_rope_dim, multiple, numbers)
             offers += [replace(widths, latent_bits=bits[0], rope_bits=bits[1]) for widths in some]
         costs = survey.costs(offers, average)
         if facts.same_widths:
@@ -149,30 +147,32 @@ def default_multiple(cache_width: int) -> int:
     return multiple
 
 
-def candidate_widths(
-    full_rank: int, most_rope: int, multiple: int, average: float, most: int = _MOST_CANDIDATES
-) -> list[Widths]:
-    """Widths worth measuring around an average of `average` numbers per token and layer, at most about `most`.
+def candidate_widths(full_rank: int, most_rope: int, multiple: int, average: float) -> list[Widths]:
+    """Widths worth offering around an average of `average` numbers per token and layer.
 
-    Ranks in steps of `multiple`, rotary widths in half steps (the rotary key is the smaller part); sums from 0.4 to 2.2
-    times the average, a rotary share from 1/8 to 3/4. The smallest of all is always there, so that a budget that can be
-    met at all is.
+    Sums from 0.4 to 2.2 times the average, a rotary share from 1/8 to 3/4; ranks in steps of `multiple`. Rotary widths are
+    few, half a step times 1, 2, 3, 4, 6, 8, 12, …, and the same whatever the average: each takes a decomposition of its own
+    in every layer, which all ranks share. The smallest of all is always there, so that a budget that can be met at all is.
     """
     half = rope_step(multiple)
     least = Widths(kv_lora_rank=multiple, qk_rope_head_dim=half)
-    every = [
-        Widths(kv_lora_rank=rank, qk_rope_head_dim=rope)
-        for rank in range(multiple, full_rank + 1, multiple)
-        for rope in range(half, most_rope + 1, half)
-        if 0.4 * average <= rank + rope <= 2.2 * average and 1 / 8 <= rope / (rank + rope) <= 3 / 4
-    ]
-    every.sort(key=lambda widths: (widths.total, widths.qk_rope_head_dim))
-    thinned = (
-        every
-        if len(every) <= most
-        else [every[round(number * (len(every) - 1) / (most - 1))] for number in range(most)]
-    )
-    return thinned if least in thinned else [least, *thinned]
+    offers = [least]
+    for rope in _rotary_widths(half, most_rope):
+        ranks = [
+            rank
+            for rank in range(multiple, full_rank + 1, multiple)
+            if 0.4 * average <= rank + rope <= 2.2 * average and 1 / 8 <= rope / (rank + rope) <= 3 / 4
+        ]
+        thinned = {ranks[round(place * (len(ranks) - 1) / (_MOST_RANKS - 1))] for place in range(_MOST_RANKS) if ranks}
+        some = [Widths(kv_lora_rank=rank, qk_rope_head_dim=rope) for rank in sorted(thinned)]
+        offers += [widths for widths in some if widths != least]
+    return offers
+
+
+def _rotary_widths(half: int, most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … times `half`, up to `most` and with it where it is a multiple."""
+    factors = [1, *sorted(first << power for first in (2, 3) for power in range(most.bit_length()))]
+    return sorted({half * each for each in factors if half * each <= most} | ({most} if most % half == 0 else set()))
 
 
 def full_splits(full_rank: int, most_rope: int, multiple: int, average: int) -> list[Widths]:
@@ -213,7 +213,7 @@ def split_budget(costs: Sequence[Mapping[Widths, float]], budget: int, size_of: 
     unit = math.gcd(*(size_of(widths) for offers in costs for widths in offers))
     steps = budget // unit
     best = np.zeros(steps + 1)  # least cost of the layers so far within each budget
-    picks: list[list[Widths | None]] = []
+    picks: list[tuple[list[Widths], NDArray[np.int64]]] = []
     for offers in costs:
         best, pick = _add_layer(best, _cheapest_by_steps(offers, unit, size_of), steps)
         picks.append(pick)
@@ -292,30 +292,31 @@ def _cheapest_by_steps(offers: Mapping[Widths, float], unit: int, size_of: Size)
 
 def _add_layer(
     best: NDArray[np.float64], cheapest: Mapping[int, tuple[float, Widths]], steps: int
-) -> tuple[NDArray[np.float64], list[Widths | None]]:
-    """One row of the dynamic programme: the least cost within each budget, and the widths that it takes here."""
+) -> tuple[NDArray[np.float64], tuple[list[Widths], NDArray[np.int64]]]:
+    """One row of the dynamic programme: the least cost within each budget; and the offers, with the number of the one that each
+    budget takes here."""
     import numpy as np
 
     total = np.full(steps + 1, np.inf)
-    pick: list[Widths | None] = [None] * (steps + 1)
-    for size, (cost, widths) in sorted(cheapest.items()):
-        if size > steps:
-            break
-        offered = best[: steps + 1 - size] + cost
-        better = np.flatnonzero(offered < total[size:]) + size
-        total[better] = offered[better - size]
-        for step in better:
-            pick[step] = widths
-    return total, pick
+    pick = np.full(steps + 1, -1)
+    sizes = [size for size in sorted(cheapest) if size <= steps]
+    for number, size in enumerate(sizes):
+        offered = best[: steps + 1 - size] + cheapest[size][0]
+        better = offered < total[size:]
+        total[size:][better] = offered[better]
+        pick[size:][better] = number
+    return total, ([cheapest[size][1] for size in sizes], pick)
 
 
-def _trace(picks: Sequence[Sequence[Widths | None]], steps: int, unit: int, size_of: Size) -> tuple[Widths, ...]:
+def _trace(
+    picks: Sequence[tuple[list[Widths], NDArray[np.int64]]], steps: int, unit: int, size_of: Size
+) -> tuple[Widths, ...]:
     """The choices that led to the least cost, from the last layer back."""
     chosen: list[Widths] = []
     left = steps
-    for pick in reversed(picks):
-        widths = pick[left]
-        assert widths is not None, "the smallest budget was checked"
+    for offers, pick in reversed(picks):
+        assert pick[left] >= 0, "the smallest budget was checked"
+        widths = offers[pick[left]]
         chosen.append(widths)
         left -= size_of(widths) // unit
     return tuple(reversed(chosen))

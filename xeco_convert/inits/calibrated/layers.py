@@ -175,7 +175,7 @@ class CalibratedLayers:
     def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
         """The converted layers of the source, one after the other; the branches of `survey` move through all layers."""
         converted = {item.layer for item in self._plan.converted}
-        for view in self._watch.each("source", self._measurements.stream.layers()):
+        for view in self._watch.each("source", self._measurements.stream.layers(self._num_calibrated)):
             tell = self._survey_progress(view, 0.0, _BRANCHES_SHARE)
             tell(0.0)
             if survey is not None:
