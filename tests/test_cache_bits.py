@@ -76,7 +76,8 @@ def test_a_kv_size_is_met_in_bytes_and_said_everywhere(
     report = convert(llama, tmp_path / "out", kv_size="30%", rank_multiple=2, cache_bits=bits)
     chosen = {layer.bits or "16 + 16" for layer in report.layers}
     assert chosen <= {f"{latent} + {rope}" for latent, rope in CACHE_BITS[bits]}
-    assert 0.2 < report.kv_share <= 0.3
+    # all that a layer of this source has takes less than 20 % in 2 bits
+    assert (0.15 if bits == "2" else 0.2) < report.kv_share <= 0.3
     assert sum(cached_bytes(tmp_path / "out")) == report.kv_bytes_after
     facts = inspect_checkpoint(tmp_path / "out")
     assert (facts["kv_bytes_before"], facts["kv_bytes_after"]) == (report.kv_bytes_before, report.kv_bytes_after)
@@ -164,7 +165,7 @@ def test_refinement_lowers_what_a_layer_in_codes_loses(stories: Path, shared: Pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no such bits": ({"rank": 8, "cache_bits": "5"}, r"--cache-bits: expected one of 16, 8, 4, 3, auto, found 5"),
+    "no such bits": ({"rank": 8, "cache_bits": "5"}, r"--cache-bits: expected one of 16, 8, 4, 3, 2, auto, found 5"),
     "bits to choose without a size": ({"rank": 8, "cache_bits": "auto"}, r"--cache-bits auto: .*give --kv-size"),
     "an odd rank": (
         {"rank": 7, "cache_bits": "4"},
@@ -222,7 +223,7 @@ def test_engines_whose_pages_hold_numbers_refuse_codes(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"latent_bits": 5}, "no such value can be, found latent_bits = 5"),
+        ({"latent_bits": 7}, "no such value can be, found latent_bits = 7"),
         ({"latent_bits": [8, 16]}, r"no such value can be, found latent_bits = \[8, 16\]"),
         ({"latent_bits": [8] * 8}, r"no such value can be, found latent_bits = \[8, "),
         ({"latent_bits": [16, 16]}, "first bit plane of a row reaches all its numbers, found 16 of kv_lora_rank = 8"),

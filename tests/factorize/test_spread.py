@@ -61,14 +61,14 @@ def lost_of_normal_rows(energies: torch.Tensor, planes: tuple[int, ...]) -> floa
     return lost / 500
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("falls", [0.0, 1.0, 2.0])
 def test_bits_are_shared_out_as_their_errors_say(bits: int, falls: float) -> None:
     """No worse than all alike, and than what moves a byte from one plane to another."""
     energies = torch.arange(1, 97).double() ** -falls
     planes = allotted_planes(energies, bits)
     assert sum(planes) == bits * 96 and all(reached % 8 == 0 for reached in planes)
-    assert list(planes) == sorted(planes, reverse=True) and planes[0] == planes[1] == 96
+    assert list(planes) == sorted(planes, reverse=True) and planes[0] == 96
     best = lost_of_normal_rows(energies, planes)
     assert best <= lost_of_normal_rows(energies, (96,) * bits) * 1.01
     if falls == 0:
@@ -76,7 +76,7 @@ def test_bits_are_shared_out_as_their_errors_say(bits: int, falls: float) -> Non
     if falls == 2:
         assert best < 0.5 * lost_of_normal_rows(energies, (96,) * bits)
     padded = [*planes, *(0,) * (7 - len(planes))]
-    for source, target in itertools.permutations(range(2, 7), 2):
+    for source, target in itertools.permutations(range(1, 7), 2):
         moved = list(padded)
         moved[source] -= 8
         moved[target] += 8

@@ -120,17 +120,26 @@ class LayerView:
 
     @torch.no_grad()
     def advance(
-        self, hidden: Tensor, factors: MlaAttention | None, num_heads: int, context: AttentionContext | None = None
+        self,
+        hidden: Tensor,
+        factors: MlaAttention | None,
+        num_heads: int,
+        context: AttentionContext | None = None,
+        known: Tensor | None = None,
     ) -> None:
         """Move a converted model's hidden states [W, T, X] through its own layer, in place. `factors`: its attention; None where
-        it kept the source's. `context`: where that has rotary frequencies of its own, or an epsilon for its latent norm."""
+        it kept the source's. `context`: where that has rotary frequencies of its own, or an epsilon for its latent norm. `known`:
+        what its attention puts out on the first windows, where that was computed already."""
         for part in self.batches(hidden):
             inputs = hidden[part]
             if factors is None:
                 hidden[part] = self.run(inputs)
+                continue
+            if known is not None and part.stop <= known.shape[0]:
+                attention = known[part]
             else:
                 attention = mla_output(factors, num_heads, self.normed(inputs), context or self.context())
-                hidden[part] = self.run_with_attention(inputs, attention)
+            hidden[part] = self.run_with_attention(inputs, attention)
 
     def attention_target(self, part: slice | Tensor, inputs: Tensor) -> Tensor:
         """What the attention should put out at `inputs` [w, T, X], in place of these windows' own, so that the residual stream

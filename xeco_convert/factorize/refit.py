@@ -46,15 +46,16 @@ class ValueRefit:
         weights_WT: Tensor | None = None,
         *,
         held_out: bool = False,
-    ) -> None:
+    ) -> Tensor:
         """Windows of inputs, in the dtype of the weights, which of their tokens count, and what the attention should put out
         there (o_bias included). weights_WT: of their squared errors [1 each]. `held_out` windows choose the ridge before they
-        join the fit."""
+        join the fit. Gives back the attended latents [W, T, H, R], which the fit does not change."""
         counts = counts_WT.to(x_WTX.device)
         attended = mla_attended(self._mla, self._heads, x_WTX, self._context)
+        features = attended
         if not self._joint:
-            attended = torch.einsum("wthr,hvr->wthv", attended, self._w_uv.to(attended.dtype))
-        features = attended[counts].flatten(1)
+            features = torch.einsum("wthr,hvr->wthv", attended, self._w_uv.to(attended.dtype))
+        features = features[counts].flatten(1)
         target = target_WTX[counts]
         if self._mla.o_bias is not None:
             target = target - self._mla.o_bias
@@ -62,6 +63,7 @@ class ValueRefit:
             roots = weights_WT[counts].sqrt()[:, None]
             features, target = features * roots, target * roots
         (self._held_out if held_out else self._fitted).add(features, target)
+        return attended
 
     def result(self) -> MlaAttention:
         """The layer with the solution in place of its value up-projection and o_proj, in their dtype."""

@@ -47,6 +47,7 @@ _SAMPLING_SHARE = 0.1  # of the work, where text is sampled: for the progress
 _CLOSED_FORM_SHARE = 0.2  # of a layer, where it is refined
 _BRANCHES_SHARE = 0.3  # of a layer's survey, about
 _SURVEY_SHARE = 0.4  # of the rest, where there is a survey
+_MOST_ATTENDED = 2**29  # bytes of attended latents that are kept from the refit, which would be computed again
 
 
 class CalibratedLayers:
@@ -82,6 +83,9 @@ class CalibratedLayers:
         self._num_calibrated = self._measurements.num_calibrated
         self._fidelity: Fidelity | None = None
         self._key_weights: dict[int, float] = {}  # by layer, once they are chosen
+        self._attention: Tensor | None = (
+            None  # what the layer in hand puts out on the calibrated windows, where it is known
+        )
 
     def spectra(self) -> list[NDArray[np.float64]]:
         """Of the calibrated latents: an energy is a share of squared singular values, which their eigenvalues are."""
@@ -97,7 +101,8 @@ class CalibratedLayers:
     def costs(self, offers: Sequence[Widths], average: float) -> list[dict[Widths, float]]:
         """By the sensitivity of each layer, and what refinement would leave of its error."""
         size = self._plan.cache_facts.layer_bytes
-        survey = Survey(offers, average, [item.layer for item in self._plan.converted], self._windows, size)
+        windows = self._windows.first(self._num_calibrated)
+        survey = Survey(offers, average, [item.layer for item in self._plan.converted], windows, size)
         for view in self._surveyed_views(survey):
             source = self._measurements.source(view)
             probe = self._probe(view, source) if self._settings.refine else None
@@ -119,13 +124,13 @@ class CalibratedLayers:
             tell = self._layer_progress("layer", view.number, first, 1.0)
             tell(0.0)
             converted = view.inputs.clone() if converted is None else converted
-            factors = None
+            factors = self._attention = None
             if view.number in shapes:
                 layer = self._convert(view, shapes[view.number], converted, tell)
                 factors = layer.factors
                 yield layer
             with self._watch.part("converted model"):
-                view.advance(converted, factors, plan.source.geometry.num_attention_heads)
+                view.advance(converted, factors, plan.source.geometry.num_attention_heads, known=self._attention)
             last = view
         assert converted is not None, "a model has layers"
         with self._watch.part("measuring"):
@@ -240,7 +245,7 @@ class CalibratedLayers:
                 bits, energies = (shape.latent_bits, shape.rope_bits), layer.energies(rank, rope)
                 closed_form = with_codes(closed_form, source.num_attention_heads, *bits, energies)
         with self._watch.part("refit"):
-            factors = self._refitted(view, source.num_attention_heads, closed_form, converted)
+            factors, self._attention = self._refitted(view, source.num_attention_heads, closed_form, converted)
         with self._watch.part("measuring"):
             closed_form_error, refitted_error = self._errors(view, source.num_attention_heads, closed_form, factors)
         details: dict[str, Any] = {
@@ -260,7 +265,7 @@ class CalibratedLayers:
             )
             with self._watch.part("refinement"):
                 refined = refinement.run(factors, tell)
-            factors = refined.factors
+            factors, self._attention = refined.factors, None
             details |= {"refine_errors": refined.errors, "refine_kept": refined.kept}
         return factors, layer.errors(rank, rope), details
 
@@ -302,16 +307,24 @@ class CalibratedLayers:
         )
 
     @torch.no_grad()
-    def _refitted(self, view: LayerView, heads: int, factors: MlaAttention, converted: Tensor) -> MlaAttention:
+    def _refitted(
+        self, view: LayerView, heads: int, factors: MlaAttention, converted: Tensor
+    ) -> tuple[MlaAttention, Tensor | None]:
         """The value side fitted on the inputs that the converted layers below give, so that it also repairs their errors:
-        the target is what leads from there to the source's hidden states after attention."""
-        refit = ValueRefit(factors, heads, view.context())
+        the target is what leads from there to the source's hidden states after attention. And what the fitted layer puts out on
+        the calibrated windows [W, T, X]; None where keeping what it attends to would take too much."""
+        refit, kept = ValueRefit(factors, heads, view.context()), []
+        num_bytes = 4 * heads * factors.kv_b_weight.shape[1] * converted[: self._num_calibrated, :, 0].numel()
         for part in view.batches(view.inputs[: self._num_calibrated]):
             inputs = converted[part]
             target = view.attention_target(part, inputs)
             held_out = part.start >= self._measurements.held_out_from
-            refit.add(view.normed(inputs), view.counts[part], target, view.token_weights(part), held_out=held_out)
-        return refit.result()
+            weights = view.token_weights(part)
+            attended = refit.add(view.normed(inputs), view.counts[part], target, weights, held_out=held_out)
+            if num_bytes <= _MOST_ATTENDED:
+                kept.append(attended)
+        fitted = refit.result()
+        return fitted, torch.cat([attended_output(fitted, attended) for attended in kept]) if kept else None
 
     @torch.no_grad()
     def _errors(self, view: LayerView, heads: int, *layers: MlaAttention) -> list[float]:
