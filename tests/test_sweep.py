@@ -124,7 +124,7 @@ def test_the_command_prints_the_table_and_writes_both_files(tmp_path: Path, caps
         (["--kv-sizes", "half"], "--kv-sizes: expected percentages such as 75,50,25, at most 100, found 'half'"),
         (["--kv-sizes", "150"], "--kv-sizes: expected percentages"),
         (["--kv-sizes", "5", "--calibration-tokens", "1024"], "expected at least 9.4%"),
-        (["--cache-bits", "16,2"], "--cache-bits: expected some of 16, 8, 4, 3, auto, found '16,2'"),
+        (["--cache-bits", "16,7"], "--cache-bits: expected some of 16, 8, 4, 3, 2, auto, found '16,7'"),
         (["--layers", "9"], "--layers: expected layers from 0 to 3, found 9"),
         (["--refine-steps", "3"], "--refine-steps: only with --refine"),
         (["--html", "no/such/folder/page.html"], "--html: no/such/folder/page.html cannot be written"),

@@ -9,6 +9,7 @@ Letters as in attention.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from xeco_convert.factorize.layer_weights import SourceAttention
 _UNSEEN = 1e-10
 # In place of what was not seen: inputs of this share of the mean variance, in all directions.
 _RIDGE = 1e-6
+# What an accumulator adds up.
+_SUMS = ("attended", "values", "queries", "distances", "overlap", "inputs", "weight", "num_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,16 @@ class StatisticsAccumulator:
         )
         self._weight = 0.0
         self._num_tokens = 0
+
+    def sums(self) -> dict[str, Any]:
+        """What was added up so far, for `restore`."""
+        return {name: getattr(self, f"_{name}") for name in _SUMS}
+
+    def restore(self, sums: Mapping[str, Any]) -> None:
+        """Go on from the sums of another accumulator for the same layer."""
+        for name in _SUMS:
+            value = sums[name]
+            setattr(self, f"_{name}", value.to(self._attended.device) if isinstance(value, Tensor) else value)
 
     def add(self, x_WTX: Tensor, counts_WT: Tensor) -> None:
         """Windows of inputs in the dtype of the weights, and which of their tokens count, as queries and as values."""

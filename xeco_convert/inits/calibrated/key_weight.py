@@ -26,8 +26,10 @@ def weighed_layer(
 ) -> CalibratedLayer:
     """The closed form whose attention at these widths puts out what is nearest to the source's output, by the weights of
     `LayerView.token_weights`."""
-    first = measurements.held_out_from
-    part = slice(first, first + max(1, _TOKENS // view.inputs.shape[1]))
+    count = max(1, _TOKENS // view.inputs.shape[1])
+    # of a survey the last ones: it looks at the first windows alone
+    first = min(measurements.held_out_from, max(0, view.inputs.shape[0] - count))
+    part = slice(first, first + count)
     inputs, target = view.normed(view.inputs[part]), view.attention_output[part]
     shares = torch.where(view.counts[part], view.token_weights(part), 0.0)
 

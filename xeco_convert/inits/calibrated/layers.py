@@ -91,7 +91,7 @@ class CalibratedLayers:
         """Of the calibrated latents: an energy is a share of squared singular values, which their eigenvalues are."""
         spectra = []
         bounds = {item.layer: item.shape for item in self._plan.converted}
-        for view in self._surveyed_views():
+        for view in self._surveyed_views(self._num_calibrated):
             bound = bounds[view.number]
             layer = self._measurements.calibrated_layer(view, self._measurements.source(view))
             spectrum = layer.latent_spectrum(bound.qk_rope_head_dim)[: bound.kv_lora_rank]
@@ -101,9 +101,10 @@ class CalibratedLayers:
     def costs(self, offers: Sequence[Widths], average: float) -> list[dict[Widths, float]]:
         """By the sensitivity of each layer, and what refinement would leave of its error."""
         size = self._plan.cache_facts.layer_bytes
-        windows = self._windows.first(self._num_calibrated)
-        survey = Survey(offers, average, [item.layer for item in self._plan.converted], windows, size)
-        for view in self._surveyed_views(survey):
+        num_windows = self._measurements.num_surveyed
+        layers, windows = [item.layer for item in self._plan.converted], self._windows.first(num_windows)
+        survey = Survey(offers, average, layers, windows, size)
+        for view in self._surveyed_views(num_windows, survey):
             source = self._measurements.source(view)
             probe = self._probe(view, source) if self._settings.refine else None
             tell = self._survey_progress(view, _BRANCHES_SHARE, 1.0)
@@ -177,10 +178,11 @@ class CalibratedLayers:
             view, source.num_attention_heads, view.inputs, min(_PROBE_WINDOWS, self._num_calibrated), short
         ).probe
 
-    def _surveyed_views(self, survey: Survey | None = None) -> Iterator[LayerView]:
-        """The converted layers of the source, one after the other; the branches of `survey` move through all layers."""
+    def _surveyed_views(self, num_windows: int, survey: Survey | None = None) -> Iterator[LayerView]:
+        """The converted layers of the source on its first windows, one after the other; the branches of `survey` move through all
+        layers."""
         converted = {item.layer for item in self._plan.converted}
-        for view in self._watch.each("source", self._measurements.stream.layers(self._num_calibrated)):
+        for view in self._watch.each("source", self._measurements.stream.layers(num_windows)):
             tell = self._survey_progress(view, 0.0, _BRANCHES_SHARE)
             tell(0.0)
             if survey is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xeco_convert.calibration.stream import LayerView, SourceStream
+from xeco_convert.calibration.stream import BATCH_WINDOWS, LayerView, SourceStream
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.checkpoint import TensorReader
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from xeco_convert.inits.calibrated import CalibratedInitialisation
 
 
+_TOKENS_OF_A_DIRECTION = 8  # of keys and values, that a survey looks at
+
+
 class Measurements:
     """The measurements of one source, made where they are not in `work` yet. `num_calibrated`: how many of the windows are
     calibrated on; the others are for measuring."""
@@ -41,6 +44,7 @@ class Measurements:
         work: WorkFolder,
         on_sampling: Callable[[float], None],
     ) -> None:
+        self._settings = settings
         self._plan = plan
         self._device = device
         self._work = work
@@ -59,6 +63,18 @@ class Measurements:
     def held_out_from(self) -> int:
         """First of the calibrated windows that choose between fits."""
         return held_out_from(self.num_calibrated)
+
+    @property
+    def num_surveyed(self) -> int:
+        """Of the calibrated windows, how many a survey looks at: a quarter, or as many more as the directions of keys and values
+        want; all where they are needed as a whole, for linear keys and for a look at refinement."""
+        options, geometry = self._plan.options, self._plan.source.geometry
+        regression = self._plan.source.family.has_key_norm and options.qk_norm == "regression"
+        if regression or self._settings.refine:
+            return self.num_calibrated
+        wanted = -(-_TOKENS_OF_A_DIRECTION * geometry.cache_width // self.windows.ids.shape[1])
+        whole = -(-max(wanted, self.num_calibrated // 4) // BATCH_WINDOWS) * BATCH_WINDOWS
+        return min(whole, self.num_calibrated)
 
     def _load_windows(
         self, settings: CalibratedInitialisation, on_sampling: Callable[[float], None]
@@ -99,21 +115,28 @@ class Measurements:
 
     @torch.no_grad()
     def calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
-        """The layer's closed form."""
+        """The layer's closed form, by the calibrated windows that the view has: once more of them are there, those are added."""
         source, _ = self.with_linear_keys(view, source)
-        name = f"statistics-{view.number}"
+        windows, name = min(self.num_calibrated, view.inputs.shape[0]), f"statistics-{view.number}"
         stored = self._work.load(name)
-        if stored is None:
+        if stored is None or stored["windows"] < windows:
             with_inputs = self._plan.options.q_rank is not None
             accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
-            for part in view.batches(view.inputs[: self.num_calibrated]):
-                accumulator.add(view.normed(view.inputs[part]), view.counts[part])
-            stored = vars(accumulator.result().regularised(source))
-            self._work.save(name, stored)
-        statistics = LayerStatistics(**stored).to(self._device)
-        self._warn_of_unseen(view.number, statistics)
+            first = 0
+            if stored is not None:
+                accumulator.restore(stored["sums"])
+                first = stored["windows"]
+            for part in view.batches(view.inputs[:windows]):
+                if part.start >= first:
+                    accumulator.add(view.normed(view.inputs[part]), view.counts[part])
+            statistics = vars(accumulator.result().regularised(source))
+            stored = {"windows": windows, "statistics": statistics}
+            self._work.save(name, stored | ({"sums": accumulator.sums()} if windows < self.num_calibrated else {}))
+        found = LayerStatistics(**stored["statistics"]).to(self._device)
+        if stored["windows"] == self.num_calibrated:
+            self._warn_of_unseen(view.number, found)
         portable = self._plan.options.portable
-        return CalibratedLayer(source, statistics, view.softmax_scale, one_per_frequency=portable)
+        return CalibratedLayer(source, found, view.softmax_scale, one_per_frequency=portable)
 
     def _warn_of_unseen(self, layer: int, statistics: LayerStatistics) -> None:
         """Once for each layer whose statistics needed the ridge."""
