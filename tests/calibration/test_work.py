@@ -103,7 +103,7 @@ def test_a_damaged_result_is_refused(llama: Path, tmp_path: Path) -> None:
 def test_an_interrupted_conversion_goes_on_where_it_was(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the last layer of the conversion: all statistics and the first two layers' factors are there."""
+    """Stopped in the last layer of the conversion: the statistics of the survey and the first two layers' factors are there."""
     options = {"kv_size": "50%", "calibration": str(text), "calibration_tokens": 1024, "work_dir": str(tmp_path / "w")}
     expected = xeco_convert.convert(llama, tmp_path / "whole", **{**options, "work_dir": None})
     factorised = CalibratedLayers._factorised
@@ -124,14 +124,22 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
         done.append(view.number)
         return factorised(self, view, *arguments)
 
+    add, added = StatisticsAccumulator.add, []
+
+    def rest_alone(self: Any, inputs: Any, counts: Any) -> None:
+        added.append(inputs.shape[0])
+        add(self, inputs, counts)
+
     def refused(*_arguments: Any) -> None:
-        raise AssertionError("statistics are kept")
+        raise AssertionError("windows are kept")
 
     monkeypatch.setattr(CalibratedLayers, "_factorised", counted)
-    monkeypatch.setattr(StatisticsAccumulator, "add", refused)
+    monkeypatch.setattr(StatisticsAccumulator, "add", rest_alone)
     monkeypatch.setattr(measurements, "calibration_windows", refused)
     report = xeco_convert.convert(llama, tmp_path / "out", **options)
     assert done == [2]
+    # the last layer's windows that the survey did not look at: of 1024 tokens in windows of 64
+    assert sum(added) == 12
     assert report.reproducible() == expected.reproducible()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

@@ -296,6 +296,8 @@ def test_windows_may_come_in_any_pieces_and_nothing_is_refused() -> None:
     context, counts = context_of(source), torch.ones(8, LENGTH, dtype=torch.bool)
     pieces = StatisticsAccumulator(source, context)
     for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        sums, pieces = pieces.sums(), StatisticsAccumulator(source, context)
+        pieces.restore(sums)  # another one goes on
         pieces.add(x[part], counts[part])
     whole = collected(source, x, context)
     for name, expected in vars(whole).items():
