@@ -97,7 +97,8 @@ class Survey:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
-        part = slice(0, max(1, _ERROR_TOKENS // view.inputs.shape[1]))
+        # the last windows, which the statistics of a survey leave out
+        part = slice(max(0, view.inputs.shape[0] - max(1, _ERROR_TOKENS // view.inputs.shape[1])), None)
         few, target, weights = view.normed(view.inputs[part]), view.attention_output[part], view.token_weights(part)
 
         def factors(offer: Widths) -> MlaAttention:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from xeco_convert.errors import VerificationError
 from xeco_convert.quality.head import OutputHead
 
+_LARGEST_SHARE = 1 / 40  # of tokens, whose divergence is cut off where models are compared on few
 _CHUNK_TOKENS = 128  # logits of a vocabulary of 128k for this many tokens take 64 MB
 
 
@@ -132,16 +133,22 @@ def stream_divergences(
     head: OutputHead, source: Tensor, others: Sequence[Tensor], counts: Tensor, most_tokens: int
 ) -> list[float]:
     """Mean KL(source ‖ other) of many models' final hidden states [W, T, X] on the tokens that count, at most about
-    `most_tokens` of them, evenly spread: the source's logits are computed once."""
+    `most_tokens` of them, evenly spread: the source's logits are computed once. Of each model the largest fortieth counts as
+    what it begins with: single tokens, of hundreds, would decide the mean."""
     places = counts.flatten().nonzero()[:, 0]
     places = places[:: max(1, -(-places.numel() // most_tokens))]
-    sums = [0.0] * len(others)
+    found: list[list[Tensor]] = [[] for _ in others]
     for chunk in places.split(_CHUNK_TOKENS):
         source_logp = functional.log_softmax(head.logits(source.flatten(0, 1)[chunk]).float(), dim=-1)
         for number, other in enumerate(others):
             logp = functional.log_softmax(head.logits(other.flatten(0, 1)[chunk]).float(), dim=-1)
-            sums[number] += float(_divergence(source_logp, logp).sum())
-    return [max(0.0, total / places.numel()) for total in sums]
+            found[number].append(_divergence(source_logp, logp).double())
+    return [_winsorised_mean(torch.cat(each)) for each in found]
+
+
+def _winsorised_mean(divergences: Tensor) -> float:
+    most = divergences.quantile(1 - _LARGEST_SHARE)
+    return max(0.0, float(divergences.clamp_max(most).mean()))
 
 
 def perplexity(mean_loss: float) -> float:

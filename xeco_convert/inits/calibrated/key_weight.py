@@ -17,7 +17,6 @@ from xeco_convert.inits.calibrated.measurements import Measurements
 from xeco_convert.ranks import Widths
 
 KEY_WEIGHTS = (1.0, 0.5, 0.25)
-_TOKENS = 1024  # of the windows that choose between fits
 
 
 @torch.no_grad()
@@ -26,9 +25,9 @@ def weighed_layer(
 ) -> CalibratedLayer:
     """The closed form whose attention at these widths puts out what is nearest to the source's output, by the weights of
     `LayerView.token_weights`."""
-    count = max(1, _TOKENS // view.inputs.shape[1])
-    # of a survey the last ones: it looks at the first windows alone
-    first = min(measurements.held_out_from, max(0, view.inputs.shape[0] - count))
+    first, count = measurements.held_out_from, measurements.num_measuring
+    if view.inputs.shape[0] < measurements.num_calibrated:  # a survey's windows
+        first = view.inputs.shape[0] - count
     part = slice(first, first + count)
     inputs, target = view.normed(view.inputs[part]), view.attention_output[part]
     shares = torch.where(view.counts[part], view.token_weights(part), 0.0)

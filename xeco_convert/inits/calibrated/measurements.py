@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _TOKENS_OF_A_DIRECTION = 8  # of keys and values, that a survey looks at
+MEASURING_TOKENS = 1024
 
 
 class Measurements:
@@ -66,15 +67,18 @@ class Measurements:
 
     @property
     def num_surveyed(self) -> int:
-        """Of the calibrated windows, how many a survey looks at: a quarter, or as many more as the directions of keys and values
-        want; all where they are needed as a whole, for linear keys and for a look at refinement."""
+        """Of the calibrated windows, how many a survey looks at: half of them, or as many as the directions of keys and values
+        want, and a few on which it measures; all where they are needed as a whole, for linear keys and a look at refinement."""
         options, geometry = self._plan.options, self._plan.source.geometry
         regression = self._plan.source.family.has_key_norm and options.qk_norm == "regression"
-        if regression or self._settings.refine:
-            return self.num_calibrated
         wanted = -(-_TOKENS_OF_A_DIRECTION * geometry.cache_width // self.windows.ids.shape[1])
-        whole = -(-max(wanted, self.num_calibrated // 4) // BATCH_WINDOWS) * BATCH_WINDOWS
-        return min(whole, self.num_calibrated)
+        whole = -(-max(wanted, self.num_calibrated // 2) // BATCH_WINDOWS) * BATCH_WINDOWS + self.num_measuring
+        return self.num_calibrated if regression or self._settings.refine else min(whole, self.num_calibrated)
+
+    @property
+    def num_measuring(self) -> int:
+        """How many windows hold the tokens that the widths of a layer are measured on: the last ones that a survey looks at."""
+        return max(1, MEASURING_TOKENS // self.windows.ids.shape[1])
 
     def _load_windows(
         self, settings: CalibratedInitialisation, on_sampling: Callable[[float], None]
@@ -115,9 +119,12 @@ class Measurements:
 
     @torch.no_grad()
     def calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
-        """The layer's closed form, by the calibrated windows that the view has: once more of them are there, those are added."""
+        """The layer's closed form, by all calibrated windows; in a survey of fewer by those that nothing is measured on, to which
+        the others are added once they are there."""
         source, _ = self.with_linear_keys(view, source)
-        windows, name = min(self.num_calibrated, view.inputs.shape[0]), f"statistics-{view.number}"
+        name, windows = f"statistics-{view.number}", self.num_calibrated
+        if view.inputs.shape[0] < windows:
+            windows = view.inputs.shape[0] - self.num_measuring
         stored = self._work.load(name)
         if stored is None or stored["windows"] < windows:
             with_inputs = self._plan.options.q_rank is not None
