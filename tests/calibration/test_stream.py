@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xeco_convert.calibration import CalibrationWindows
 from xeco_convert.calibration.stream import OutputHead, SourceStream
-from xeco_convert.quality.fidelity import stream_fidelity
+from xeco_convert.quality.fidelity import stream_divergences, stream_fidelity
 from xeco_convert.source_attention import read_attention
 
 CASES = [(variant, "default") for variant in VARIANTS] + [("qwen2_window", rope) for rope in ROPES if rope != "default"]
@@ -136,6 +136,20 @@ def test_fidelity_is_that_of_the_formulas(
     assert found.perplexity == pytest.approx(torch.tensor(other_losses).mean().exp().item(), rel=1e-4)
     assert found.kl == pytest.approx(sum(kl) / count, rel=1e-4)
     assert found.top1 == sum(agreeing) / count
+
+
+def test_single_tokens_do_not_decide_a_divergence(
+    pair: tuple[OutputHead, PreTrainedModel, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Of 80 tokens the two of the largest divergence count as the third does; the others as they are."""
+    head, _, ids, source, converted = pair
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    plain, odd = source + 0.1 * (converted - source), source + 0.1 * (converted - source)
+    odd[2, 7] = -10 * source[2, 7]
+    found = stream_divergences(head, source, [plain, odd], counts, 80)
+    assert found[1] == pytest.approx(found[0], rel=0.1) and found[0] > 0
+    whole = [stream_fidelity(head, source, other, ids, counts).kl for other in (plain, odd)]
+    assert found[0] == pytest.approx(whole[0], rel=0.1) and whole[1] > 3 * whole[0]
 
 
 def test_fidelity_of_the_source_with_itself_is_perfect_and_needs_a_prediction(

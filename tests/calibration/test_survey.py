@@ -94,7 +94,8 @@ def test_the_cost_of_the_branch_is_its_kl_at_the_output(
     part = (slice(4), slice(12)) if deep else (slice(8), slice(24))
     assert survey._branches[1].shape[:2] == (part[0].stop, part[1].stop)
     logp, other = (stream.output_head().logits(states[part]).log_softmax(dim=-1) for states in (view.outputs, hidden))
-    kl = float(torch.nn.functional.kl_div(other, logp, log_target=True, reduction="none").sum(dim=-1).mean())
+    by_token = torch.nn.functional.kl_div(other, logp, log_target=True, reduction="none").sum(dim=-1).flatten()
+    kl = float(by_token.clamp_max(by_token.quantile(0.975)).mean())  # no token decides alone
     assert costs[1][branch] == pytest.approx(kl, rel=1e-3)
     assert survey._layers[1].errors[branch] == pytest.approx(error, rel=1e-4)
     for found, layer_costs in zip(survey._layers.values(), costs, strict=True):
