@@ -11,6 +11,7 @@ import torch
 from sources import work_folder_for
 
 import xeco_convert
+from xeco_convert.calibration import survey
 from xeco_convert.errors import OptionError, OutputError
 from xeco_convert.factorize.statistics import StatisticsAccumulator
 from xeco_convert.inits.calibrated import measurements
@@ -105,7 +106,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
 ) -> None:
     """Stopped in the last layer of the conversion: the statistics of the survey and the first two layers' factors are there."""
     options = {"kv_size": "50%", "calibration": str(text), "calibration_tokens": 1024, "work_dir": str(tmp_path / "w")}
-    monkeypatch.setattr(measurements, "MEASURING_TOKENS", 128)
+    monkeypatch.setattr(survey, "MEASURING_TOKENS", 128)
     expected = xeco_convert.convert(llama, tmp_path / "whole", **{**options, "work_dir": None})
     factorised = CalibratedLayers._factorised
     done: list[int] = []

@@ -10,11 +10,12 @@ from builders import random_attention
 from calibrated_layers import calibrated, context_of, gaussian_inputs
 
 import xeco_convert
+from xeco_convert.calibration import survey
 from xeco_convert.calibration.stream import LayerView
 from xeco_convert.factorize import MlaAttention
 from xeco_convert.factorize.attention import mla_output
 from xeco_convert.factorize.closed_form import CalibratedLayer
-from xeco_convert.inits.calibrated import key_weight, measurements
+from xeco_convert.inits.calibrated import key_weight
 from xeco_convert.inits.calibrated.layers import CalibratedLayers
 
 
@@ -59,7 +60,7 @@ def test_the_best_of_the_candidates_is_converted(
     ids = torch.randint(3, 90, (36, 40), generator=torch.Generator().manual_seed(2)).tolist()
     (tmp_path / "ids.json").write_text(str(ids))
     # what chooses is what the report measures: the same windows, and tokens that weigh alike
-    monkeypatch.setattr(measurements, "MEASURING_TOKENS", 10**6)
+    monkeypatch.setattr(survey, "MEASURING_TOKENS", 10**6)
 
     def errors_as_chosen(self: CalibratedLayers, view: LayerView, heads: int, *layers: MlaAttention) -> list[float]:
         part = slice(self._measurements.held_out_from, None)

@@ -32,7 +32,7 @@ from xeco_convert.ranks.budget import without_rotation
 _BRANCH_TOKENS = 2048  # for the KL at the output
 _DEEP = 16  # beyond so many layers half of the windows branch off, and half of each
 _KL_TOKENS = 512  # of them whose logits are computed: a vocabulary is most of a small model
-_ERROR_TOKENS = 1024  # for the error of each offer, of which there are many
+MEASURING_TOKENS = 1024  # on which the errors of a layer's widths are measured
 _ROUNDING = 1e-12
 _MOST_BRANCHES = 32  # each takes hidden states and moves through all layers above: memory and time stay bounded
 _MOST_PROBES = 4  # sizes at which a layer is refined for a look
@@ -97,8 +97,7 @@ class Survey:
         """Survey one layer; called before the view moves on, after `advance_branches`. `probe` where it will be refined."""
         context, heads = view.context(), source.num_attention_heads
         offers = self._offers if source.rotated else without_rotation(self._offers, source.k_weight.shape[0] * 2)
-        # the last windows, which the statistics of a survey leave out
-        part = slice(max(0, view.inputs.shape[0] - max(1, _ERROR_TOKENS // view.inputs.shape[1])), None)
+        part = slice(max(0, view.inputs.shape[0] - num_measuring(view.inputs.shape[1])), None)
         few, target, weights = view.normed(view.inputs[part]), view.attention_output[part], view.token_weights(part)
 
         def factors(offer: Widths) -> MlaAttention:
@@ -152,6 +151,11 @@ class Survey:
             {offer: interpolated(prices, number) * error for offer, error in layer.errors.items()}
             for number, layer in self._layers.items()
         ]
+
+
+def num_measuring(length: int) -> int:
+    """How many windows of `length` tokens errors are measured on: the last ones, which the statistics of a survey leave out."""
+    return max(1, MEASURING_TOKENS // length)
 
 
 def best_of_size(errors: Mapping[Widths, float], size: float, size_of: Size) -> Widths:

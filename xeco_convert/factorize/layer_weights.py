@@ -114,21 +114,6 @@ class MlaAttention:
         """Width P of the shared rotary key: the rows of kv_a that are not latent."""
         return self.kv_a_weight.shape[0] - self.kv_b_weight.shape[1]
 
-    def with_first_rows(self, kv_lora_rank: int) -> MlaAttention:
-        """The layer with the first rows of its latent alone. For a layer without latent norm."""
-        assert self.latent_norm_weight is None, "a norm mixes the rows"
-        rank = self.kv_b_weight.shape[1]
-
-        def shortened(rows: Tensor) -> Tensor:
-            return torch.cat([rows[:kv_lora_rank], rows[rank:]])
-
-        return dataclasses.replace(
-            self,
-            kv_a_weight=shortened(self.kv_a_weight),
-            kv_a_bias=None if self.kv_a_bias is None else shortened(self.kv_a_bias),
-            kv_b_weight=self.kv_b_weight[:, :kv_lora_rank],
-        )
-
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under their names below the attention module, those that are there. Inverse: `from_state_dict`."""
         other_queries = (

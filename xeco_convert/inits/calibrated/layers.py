@@ -83,9 +83,8 @@ class CalibratedLayers:
         self._num_calibrated = self._measurements.num_calibrated
         self._fidelity: Fidelity | None = None
         self._key_weights: dict[int, float] = {}  # by layer, once they are chosen
-        self._attention: Tensor | None = (
-            None  # what the layer in hand puts out on the calibrated windows, where it is known
-        )
+        # what the attention of the layer in hand puts out on the calibrated windows, where that is known
+        self._attention: Tensor | None = None
 
     def spectra(self) -> list[NDArray[np.float64]]:
         """Of the calibrated latents: an energy is a share of squared singular values, which their eigenvalues are."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xeco_convert.calibration.stream import BATCH_WINDOWS, LayerView, SourceStream
+from xeco_convert.calibration.survey import num_measuring
 from xeco_convert.calibration.windows import CalibrationWindows
 from xeco_convert.calibration.work import WorkFolder
 from xeco_convert.checkpoint import TensorReader
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 
 _TOKENS_OF_A_DIRECTION = 8  # of keys and values, that a survey looks at
-MEASURING_TOKENS = 1024
 
 
 class Measurements:
@@ -77,8 +77,8 @@ class Measurements:
 
     @property
     def num_measuring(self) -> int:
-        """How many windows hold the tokens that the widths of a layer are measured on: the last ones that a survey looks at."""
-        return max(1, MEASURING_TOKENS // self.windows.ids.shape[1])
+        """The last ones that a survey looks at: errors are measured on them."""
+        return num_measuring(self.windows.ids.shape[1])
 
     def _load_windows(
         self, settings: CalibratedInitialisation, on_sampling: Callable[[float], None]
