@@ -119,31 +119,36 @@ class Measurements:
 
     @torch.no_grad()
     def calibrated_layer(self, view: LayerView, source: SourceAttention) -> CalibratedLayer:
-        """The layer's closed form, by all calibrated windows; in a survey of fewer by those that nothing is measured on, to which
-        the others are added once they are there."""
+        """The layer's closed form, by all calibrated windows; in a survey of fewer by those that nothing is measured on."""
         source, _ = self.with_linear_keys(view, source)
-        name, windows = f"statistics-{view.number}", self.num_calibrated
+        in_survey = view.inputs.shape[0] < self.num_calibrated
+        # apart, so that a run that goes on surveys what it did before
+        name, earlier = f"statistics-{view.number}", f"surveyed-{view.number}"
+        stored = self._work.load(earlier if in_survey else name)
+        if stored is None:
+            stored = self._statistics(view, source, None if in_survey else self._work.load(earlier))
+            self._work.save(earlier if in_survey else name, stored)
+        statistics = LayerStatistics(**stored["statistics"]).to(self._device)
+        if not in_survey:
+            self._warn_of_unseen(view.number, statistics)
+        portable = self._plan.options.portable
+        return CalibratedLayer(source, statistics, view.softmax_scale, one_per_frequency=portable)
+
+    def _statistics(self, view: LayerView, source: SourceAttention, surveyed: dict[str, Any] | None) -> dict[str, Any]:
+        """`statistics` of the view's calibrated windows, what was `surveyed` and those that this leaves out; of a survey also
+        their `sums`, and how many `windows` they are of."""
+        accumulator = StatisticsAccumulator(source, view.context(), with_inputs=self._plan.options.q_rank is not None)
+        first, windows = 0, self.num_calibrated
         if view.inputs.shape[0] < windows:
             windows = view.inputs.shape[0] - self.num_measuring
-        stored = self._work.load(name)
-        if stored is None or stored["windows"] < windows:
-            with_inputs = self._plan.options.q_rank is not None
-            accumulator = StatisticsAccumulator(source, view.context(), with_inputs=with_inputs)
-            first = 0
-            if stored is not None:
-                accumulator.restore(stored["sums"])
-                first = stored["windows"]
-            for part in view.batches(view.inputs[:windows]):
-                if part.start >= first:
-                    accumulator.add(view.normed(view.inputs[part]), view.counts[part])
-            statistics = vars(accumulator.result().regularised(source))
-            stored = {"windows": windows, "statistics": statistics}
-            self._work.save(name, stored | ({"sums": accumulator.sums()} if windows < self.num_calibrated else {}))
-        found = LayerStatistics(**stored["statistics"]).to(self._device)
-        if stored["windows"] == self.num_calibrated:
-            self._warn_of_unseen(view.number, found)
-        portable = self._plan.options.portable
-        return CalibratedLayer(source, found, view.softmax_scale, one_per_frequency=portable)
+        if surveyed is not None:
+            accumulator.restore(surveyed["sums"])
+            first = surveyed["windows"]
+        for part in view.batches(view.inputs[:windows]):
+            if part.start >= first:
+                accumulator.add(view.normed(view.inputs[part]), view.counts[part])
+        found: dict[str, Any] = {"statistics": vars(accumulator.result().regularised(source))}
+        return found if windows == self.num_calibrated else {**found, "sums": accumulator.sums(), "windows": windows}
 
     def _warn_of_unseen(self, layer: int, statistics: LayerStatistics) -> None:
         """Once for each layer whose statistics needed the ridge."""
