@@ -58,6 +58,8 @@ CODE_BITS: list[tuple[Any, Any]] = [
     (4, 3),
     ("falling", 8),
     ("falling", "falling"),
+    ("steep", 5),
+    (2, "steep"),
 ]
 
 
@@ -67,10 +69,16 @@ def possible(sizes: Sizes, bits: tuple[Any, Any]) -> Sizes:
     return sizes._replace(R=up(sizes.R, 2 if bits[0] in (8, 4) else 8), P=up(sizes.P, 2 if bits[1] in (8, 4) else 8))
 
 
+def _planes(kind: str, width: int) -> Bits:
+    """Bit planes that reach fewer numbers one after the other: all in the first two, or half of them already in the second."""
+    half = width // 2 // 8 * 8 + 8 if width > 8 else 8
+    return (width, width, half, 8, 8) if kind == "falling" else (width, half, half, 8)
+
+
 def bits_for(sizes: Sizes, bits: tuple[Any, Any]) -> tuple[Bits, Bits]:
     """Bits of the latents and of the rotary keys, as the ops take them."""
     latent, rope = (
-        (width, width, width // 2 // 8 * 8 + 8 if width > 8 else 8, 8, 8) if each == "falling" else each
+        _planes(each, width) if isinstance(each, str) else each
         for each, width in zip(bits, (sizes.R, sizes.P), strict=True)
     )
     return latent, rope
