@@ -124,7 +124,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument("--work-dir", type=Path, help="folder for checkpoints (5 GB), removed afterwards [temporary]")
     parser.add_argument("--json", type=Path, help="also write the results here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.layers_made < 2:
+        parser.error(f"--layers-made: expected at least 2, whose difference is a layer, found {options.layers_made}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,8 +122,8 @@ def sweep(
     cache_bits: Sequence[str] | None = None,
     on_progress: Progress | None = None,
 ) -> SweepReport:
-    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25) in each of `cache_bits` ("16", "8", "4", "auto";
-    None: as `options` say), otherwise converted as `options` say.
+    """Measure the checkpoint `source` at each KV size (texts as 25% or 0.25) in each of `cache_bits` ("16", "8", "4", "3", "2",
+    "auto"; None: as `options` say), otherwise converted as `options` say.
 
     A size that cannot be met becomes a point with a `problem`. Raises the errors of `xeco_convert.errors` where nothing could
     be measured at any size.

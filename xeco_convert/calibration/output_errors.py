@@ -42,9 +42,11 @@ def estimated_errors(
     measured: dict[Widths, float] = {}
     # those of equal rotary width in a row: each takes a decomposition of its own
     for widths in _ordered({*offers, *plain, *to_measure}):
-        expected[widths] = layer.expected_error(widths.kv_lora_rank, widths.qk_rope_head_dim) + _latent_loss(
-            layer, widths
-        )
+        latent = dataclasses.replace(widths, rope_bits=16)  # what the bits of the rotary key add is measured
+        if latent not in expected:
+            lost = layer.expected_error(widths.kv_lora_rank, widths.qk_rope_head_dim)
+            expected[latent] = lost + _latent_loss(layer, latent)
+        expected[widths] = expected[latent]
         if widths in to_measure:
             on_progress(len(measured) / len(to_measure))
             measured[widths] = measure(widths)

@@ -55,8 +55,8 @@ class _Surveyed:
 class Survey:
     """Collects what the budget needs, layer by layer; `costs` is there after the last one.
 
-    `offers`: the widths to measure; `average`: what the budget allows a layer, in the unit of `size`, which says what some widths
-    cache per token; `layers`: numbers of the layers to survey. Beyond 32 of them only as many, spread evenly,
+    `offers`: the widths to choose among; `average`: what the budget allows a layer, in the unit of `size`, which says what some
+    widths cache per token; `layers`: numbers of the layers to survey. Beyond 32 of them only as many, spread evenly,
     get a branch; the price of an error in the others is interpolated between their neighbours.
     """
 

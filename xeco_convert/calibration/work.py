@@ -19,6 +19,7 @@ from xeco_convert.options import ConvertOptions
 
 # Options that change nothing of what is kept here.
 _WITHOUT_INFLUENCE = ("overwrite", "dtype", "max_shard_size", "verify", "work_dir", "device")
+_FORMAT = 2  # of what is kept: another one's results are not read
 _FINGERPRINT_FILE = "run.json"
 
 
@@ -75,6 +76,7 @@ def _fingerprint(index: CheckpointIndex, options: ConvertOptions) -> str:
     if values["calibration"] is not None and Path(values["calibration"]).is_file():
         files.add(Path(values["calibration"]))
     facts = {
+        "format": _FORMAT,
         "version": __version__,
         "config": dict(index.config),
         "files": {name: (size, time) for name, size, time in map(file_identity, files)},

@@ -64,7 +64,7 @@ class SweepCommand(OptionsCommand):
     default="16",
     show_default=True,
     metavar="LIST",
-    help="Bits of a cached number to try at each size, some of 16, 8, 4, 3 and auto, as 16,8,4,3.",
+    help="Bits of a cached number to try at each size, some of 16, 8, 4, 3, 2 and auto, as 16,8,4,3.",
 )
 @json_option("Also write the results here.")
 @file_option("--html", "html_file", "Also write a page with the trade-off curve here.")

@@ -36,8 +36,8 @@ def pack_rows(rows: Tensor, bits: Bits) -> Tensor:
     """Rows [B, Q, n] (floating, any strides) as uint8 [B, Q, n · bits / 8 + 2], without a gradient. On a GPU plain torch
     computes, unless XECO_ATTENTION=fused takes the kernel.
 
-    bits: 8, 4 (n even), or bit planes (n a multiple of 8): 6, 3, or how many numbers each of two to seven planes reaches. Raises
-    `ValueError` for others.
+    bits: 8, 4 (n even), or bit planes (n a multiple of 8): 6, 5, 3, 2, or how many numbers each of two to seven planes
+    reaches. Raises `ValueError` for others.
     """
     rows, width = rows.detach(), rows.shape[-1]
     obstacle = bits_obstacle(bits, width) if width else None
