@@ -41,31 +41,62 @@ XECO_INLINE __m256i first_bytes(int64_t count) {
   return _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(count)), place);
 }
 
-// The bytes of a row in bit planes, 32 at a time: as many are written as make whole vectors.
-static void bytes_of_planes(const uint8_t* row, int64_t bits, uint8_t* to) {
+// 32 numbers of the plane that begins with four bytes: -1 where a number has the bit, 0 where not.
+XECO_INLINE __m256i bits_of_plane(uint32_t four_bytes) {
   const __m256i own_byte =
       _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
   const __m256i own_bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
-  for (int64_t i = 0; i < plane_bytes(bits, 0); i += 4) {
-    __m256i bytes = _mm256_setzero_si256();
-    const uint8_t* plane = row + i;
-    int64_t next = min(4, plane_bytes(bits, 0) - i);
-    for (int p = 0; p < kMostPlanes && next > 0; ++p) {
-      const int64_t here = next;
-      next = p + 1 < kMostPlanes ? max(0, min(4, plane_bytes(bits, p + 1) - i)) : 0;
+  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(four_bytes)), own_byte);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
+}
+
+// The bits of 32 numbers that kPlanes planes reach, as the highest of their bytes.
+template <int kPlanes>
+XECO_INLINE __m256i bits_of_planes(const uint8_t* const* planes, int64_t i) {
+  __m256i bytes = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int p = 0; p < kPlanes; ++p) {
+    uint32_t four;
+    __builtin_memcpy(&four, planes[p] + i, sizeof four);
+    const __m256i bit = _mm256_set1_epi8(static_cast<char>(0x80 >> p));
+    bytes = _mm256_or_si256(bytes, _mm256_and_si256(bits_of_plane(four), bit));
+  }
+  return bytes;
+}
+
+// The same for any number of planes, found by counting down.
+template <int kPlanes = kMostPlanes>
+XECO_INLINE __m256i bits_of_whole_planes(int count, const uint8_t* const* planes, int64_t i) {
+  if constexpr (kPlanes > 0) {
+    if (count == kPlanes) return bits_of_planes<kPlanes>(planes, i);
+    return bits_of_whole_planes<kPlanes - 1>(count, planes, i);
+  }
+  return _mm256_setzero_si256();
+}
+
+// The bytes of a row in bit planes, 32 at a time: as many are written as make whole vectors.
+static void bytes_of_planes(const uint8_t* row, int64_t bits, uint8_t* to) {
+  const uint8_t* planes[kMostPlanes];
+  int64_t reached[kMostPlanes + 1] = {};  // in bytes
+  int count = 0;
+  for (; count < kMostPlanes && plane_bytes(bits, count) > 0; ++count) {
+    planes[count] = row;
+    reached[count] = plane_bytes(bits, count);
+    row += reached[count];
+  }
+  int whole = count;  // planes that reach all of the next 32 numbers
+  for (int64_t i = 0; i < reached[0]; i += 4) {
+    while (whole > 0 && reached[whole - 1] < i + 4) --whole;
+    __m256i bytes = bits_of_whole_planes(whole, planes, i);
+    int64_t here = 4;  // bytes that the plane reaches; numbers that end there have the bit behind set as well
+    for (int p = whole; here > 0; ++p) {
+      const int64_t next = max(0, reached[p] - i);
+      const __m256i ends = _mm256_andnot_si256(first_bytes(8 * next), first_bytes(8 * here));
       uint32_t ones = 0;
-      if (here == 4)
-        __builtin_memcpy(&ones, plane, 4);
-      else
-        for (int64_t k = 0; k < here; ++k) ones |= static_cast<uint32_t>(plane[k]) << 8 * k;
-      const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(ones)), own_byte);
-      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
+      for (int64_t k = 0; k < next; ++k) ones |= static_cast<uint32_t>(planes[p][i + k]) << 8 * k;
+      const __m256i set = _mm256_or_si256(bits_of_plane(ones), p == 0 ? _mm256_setzero_si256() : ends);
       bytes = _mm256_or_si256(bytes, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(0x80 >> p))));
-      if (next < here) {  // numbers that end here have the bit behind set as well
-        const __m256i ends = _mm256_andnot_si256(first_bytes(8 * next), first_bytes(8 * here));
-        bytes = _mm256_or_si256(bytes, _mm256_and_si256(ends, _mm256_set1_epi8(0x40 >> p)));
-      }
-      plane += plane_bytes(bits, p);
+      here = next;
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), bytes);
   }

@@ -16,7 +16,7 @@
 
 namespace xeco {
 CpuKernels avx512_kernels(Dtype dtype) { return avx512::wide_kernels(dtype); }
-CpuKernels avx512_code_kernels(Dtype dtype) { return avx512::code_kernels(dtype); }
+CpuKernels avx512_code_kernels(Dtype dtype) { return avx512::code_kernels_of<avx512::CodeEngine>(dtype); }
 }  // namespace xeco
 
 #endif

@@ -18,9 +18,7 @@ namespace xeco {
 CpuKernels avx512_vnni_code_kernels(Dtype dtype) {
   using namespace avx512_vnni;
   static_assert(VnniEngine<Float32>::kMaxDepth >= kMaxRank && VnniEngine<Float32>::kMaxDepth >= kMaxRope, "widths");
-  if (dtype == Dtype::kBFloat16) return forward_kernel_of<VnniEngine<BFloat16>>();
-  if (dtype == Dtype::kFloat16) return forward_kernel_of<VnniEngine<Float16>>();
-  return forward_kernel_of<VnniEngine<Float32>>();
+  return code_kernels_of<VnniEngine>(dtype);
 }
 }  // namespace xeco
 

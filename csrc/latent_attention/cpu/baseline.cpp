@@ -9,5 +9,5 @@
 
 namespace xeco {
 CpuKernels baseline_kernels(Dtype dtype) { return baseline::wide_kernels(dtype); }
-CpuKernels baseline_code_kernels(Dtype dtype) { return baseline::code_kernels(dtype); }
+CpuKernels baseline_code_kernels(Dtype dtype) { return baseline::code_kernels_of<baseline::CodeEngine>(dtype); }
 }  // namespace xeco

@@ -14,4 +14,12 @@ static CpuKernels forward_kernel_of() {
   return {[](const ForwardParams& params, ParallelItems parallel) { Forward<Engine>(params).run(parallel); }, nullptr};
 }
 
+// The same by the element type of queries and results.
+template <template <class> class Engine>
+static CpuKernels code_kernels_of(Dtype dtype) {
+  if (dtype == Dtype::kBFloat16) return forward_kernel_of<Engine<BFloat16>>();
+  if (dtype == Dtype::kFloat16) return forward_kernel_of<Engine<Float16>>();
+  return forward_kernel_of<Engine<Float32>>();
+}
+
 }  // namespace xeco::XECO_ISA

@@ -8,11 +8,4 @@ static CpuKernels wide_kernels(Dtype dtype) {
   return kernels_of<WideEngine<Float32>>();
 }
 
-// The same over rows of codes: queries and results are of the element type.
-static CpuKernels code_kernels(Dtype dtype) {
-  if (dtype == Dtype::kBFloat16) return forward_kernel_of<CodeEngine<BFloat16>>();
-  if (dtype == Dtype::kFloat16) return forward_kernel_of<CodeEngine<Float16>>();
-  return forward_kernel_of<CodeEngine<Float32>>();
-}
-
 }  // namespace xeco::XECO_ISA
