@@ -1,8 +1,9 @@
-"""Commands let waiting threads sleep, before torch is loaded, and leave what the user set."""
+"""Commands let waiting threads sleep and keep freed memory, before torch is loaded, and leave what the user set."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -28,3 +29,34 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(module: str, given
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == expected
+
+
+FAULTS = """
+import ctypes, resource
+import click
+from xeco_convert.commandline.run import run_command
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def eight_megabytes():
+    memory = c.malloc(8 << 20)
+    ctypes.memset(memory, 1, 8 << 20)
+    c.free(memory)
+def probe():
+    eight_megabytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        eight_megabytes()
+    click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+run_command(click.Command("probe", callback=probe), [], "probe")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.parametrize(("given", "is_kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False)])
+def test_freed_memory_is_used_again_unless_the_user_says_otherwise(given: dict[str, str], is_kept: bool) -> None:
+    """Page by page from the system, ten times eight megabytes would be 20,480 faults."""
+    taken = ("MALLOC_", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(taken)} | given
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) < 2000) is is_kept

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from xeco_convert.checkpoint.reader import all_finite
 from xeco_convert.errors import OptionError, first_line
 from xeco_convert.families import FamilySpec
 from xeco_convert.initialisation import ConvertedLayer, Progress
+from xeco_convert.memory import peak_bytes
 from xeco_convert.model_card import model_card
 from xeco_convert.modeling import code_files
 from xeco_convert.modeling.configuration_xeco import MODEL_TYPE_PREFIX, MULTIMODAL, auto_map, multimodal_auto_map
@@ -86,7 +86,7 @@ def convert_as_planned(
         source=index.hub_id or str(index.folder),
         output=str(output),
         seconds=time.monotonic() - started,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=peak_bytes(),
     )
 
 
@@ -303,16 +303,6 @@ def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 def _has_dtype(value: Any) -> bool:
     return isinstance(value, dict) and not value.keys().isdisjoint(("dtype", "torch_dtype"))
-
-
-def _peak_memory_bytes() -> int:
-    """Peak resident memory of this process. getrusage also counts the process that started it, where Linux tells more."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_by_name(name: str) -> torch.device:

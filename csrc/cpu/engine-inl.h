@@ -4,6 +4,7 @@
 //   WideEngine<Element>   float32 arithmetic; 16-bit tiles are widened once, float32 ones are read where they lie
 //   DotEngine, AmxEngine  bfloat16 pairs (cpu/bf16_engines-inl.h)
 //   CodeEngine<Element>   tiles of codes, widened (cpu/codes-inl.h)
+//   MaddEngine<Element>   the same by products of integers of 16 bits (cpu/madd_engine-inl.h)
 //   VnniEngine<Element>   the same by products of bytes (cpu/vnni_engine-inl.h)
 //
 // Letters: K depth of a product, w panel width (one or two vectors), R kv_lora_rank, P qk_rope_head_dim.

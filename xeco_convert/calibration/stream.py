@@ -6,8 +6,6 @@ before and after the layer, its attention's output) and what one batch of window
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from xeco_convert.errors import CheckpointError, reason_of
 from xeco_convert.factorize.attention import AttentionContext, mla_output
 from xeco_convert.factorize.layer_weights import MlaAttention
 from xeco_convert.families import FamilySpec
+from xeco_convert.memory import FreedMemory
 from xeco_convert.quality import OutputHead
 from xeco_convert.source import SourceModel
 
@@ -214,6 +213,7 @@ class SourceStream:
         """Each layer with the hidden states before it, of all windows or of the first alone. The view's tensors are valid until
         the next one is asked for."""
         hidden, source, family = self._embedded()[:num_windows], self._source, self._source.family
+        freed = FreedMemory()
         for number in range(source.geometry.num_hidden_layers):
             cos, sin = self._tables.whole_heads(number)
             view = LayerView(
@@ -238,7 +238,7 @@ class SourceStream:
             yield view
             hidden = view.outputs
             view.layer.to("meta")
-            _return_freed_memory()
+            freed.look()
 
     def output_head(self) -> OutputHead:
         """What follows the last layer: final norm, vocabulary projection, and scale or cap of the logits."""
@@ -330,11 +330,3 @@ class _RotaryTables:
         static = cos.new_ones(*cos.shape[:2], (dim - rotated) // 2)
         cos, sin = cos[..., : rotated // 2], sin[..., : rotated // 2]
         return torch.cat([cos, static] * 2, dim=-1), torch.cat([sin, 0 * static] * 2, dim=-1)
-
-
-def _return_freed_memory() -> None:
-    """Give freed pages back to the system, where the C library can: it keeps them, and between what lives on they would add
-    up with the depth of the model (benchmarks/bench_calibrated.py --part memory)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from xeco_convert.errors import XecoError
+from xeco_convert.memory import keep_freed_memory
 
 # A signal that comes so soon after another is the same wish: `timeout`, torchrun and terminals tell a process twice.
 SAME_WISH_SECONDS = 1.0
@@ -52,6 +53,7 @@ def run_command(command: click.Command, arguments: list[str], name: str) -> None
     # that core, each of the many small products of a layer waits for it: 40 s instead of 11 for a tiny model on a busy machine of
     # two cores, 12 s of CPU time instead of 1.4. How many threads there are stays the user's.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
     interrupts = Interrupts("interrupted; nothing was written.")
     interrupts.take()
     try:

@@ -1,0 +1,36 @@
+"""What this process keeps of freed memory: growth goes back to the system, what every layer takes again does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xeco_convert import memory
+from xeco_convert.memory import FreedMemory, peak_bytes
+
+
+def test_only_growth_beyond_the_first_layers_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    held = {"VmRSS": 500 << 20}
+    monkeypatch.setattr(memory, "_status", held.get)
+    monkeypatch.setattr(memory, "_of_c_library", lambda name: trimmed.append if name == "malloc_trim" else None)
+    freed = FreedMemory()
+    for megabytes, times in ((500, 0), (700, 0), (756, 0), (757, 1), (600, 1), (900, 2)):
+        held["VmRSS"] = megabytes << 20
+        freed.look()
+        assert len(trimmed) == times, megabytes
+
+
+def test_a_system_that_does_not_tell_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_status", lambda name: None)
+    monkeypatch.setattr(memory, "_of_c_library", lambda name: pytest.fail("nothing is known to have grown"))
+    FreedMemory().look()
+    assert peak_bytes() > 0  # by getrusage
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no Linux")
+def test_the_peak_is_what_was_held_at_most() -> None:
+    before = peak_bytes()
+    block = bytearray(64 << 20)
+    assert peak_bytes() >= before and peak_bytes() >= len(block)
