@@ -16,7 +16,7 @@ def test_only_growth_beyond_the_first_layers_is_given_back(monkeypatch: pytest.M
     monkeypatch.setattr(memory, "_status", held.get)
     monkeypatch.setattr(memory, "_of_c_library", lambda name: trimmed.append if name == "malloc_trim" else None)
     freed = FreedMemory()
-    for megabytes, times in ((500, 0), (700, 0), (756, 0), (757, 1), (600, 1), (900, 2)):
+    for megabytes, times in ((500, 0), (560, 0), (564, 0), (565, 1), (540, 1), (900, 2)):
         held["VmRSS"] = megabytes << 20
         freed.look()
         assert len(trimmed) == times, megabytes

@@ -11,7 +11,7 @@ from pathlib import Path
 # mallopt's names (malloc.h of glibc), and what commands set: tensors up to the first, and so much free memory in all, stay.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 << 20, 256 << 20  # bytes
-_MOST_GROWTH = 256 << 20  # bytes beyond the first look
+_MOST_GROWTH = 64 << 20  # bytes beyond the first look
 
 
 def peak_bytes() -> int:

@@ -137,13 +137,15 @@ def stream_divergences(
     what it begins with: single tokens, of hundreds, would decide the mean."""
     places = counts.flatten().nonzero()[:, 0]
     places = places[:: max(1, -(-places.numel() // most_tokens))]
-    found: list[list[Tensor]] = [[] for _ in others]
-    for chunk in places.split(_CHUNK_TOKENS):
+    # made beforehand: what is left behind between logits keeps the memory of those that are gone from being used whole
+    found = source.new_empty(len(others), places.numel(), dtype=torch.float64)
+    for start in range(0, places.numel(), _CHUNK_TOKENS):
+        chunk = places[start : start + _CHUNK_TOKENS]
         source_logp = functional.log_softmax(head.logits(source.flatten(0, 1)[chunk]).float(), dim=-1)
         for number, other in enumerate(others):
             logp = functional.log_softmax(head.logits(other.flatten(0, 1)[chunk]).float(), dim=-1)
-            found[number].append(_divergence(source_logp, logp).double())
-    return [_winsorised_mean(torch.cat(each)) for each in found]
+            found[number, start : start + chunk.numel()] = _divergence(source_logp, logp)
+    return [_winsorised_mean(each) for each in found]
 
 
 def _winsorised_mean(divergences: Tensor) -> float:
