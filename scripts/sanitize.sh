@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 python=${VENV:-.venv}/bin/python
 build=build-sanitize
 PATH="$(cd "$(dirname "$python")" && pwd):$PATH" # ninja
-tests=(tests/ops/test_latent_attention.py tests/ops/test_latent_attention_decode.py tests/ops/test_mask_ranges.py
-  tests/ops/test_rope_and_append.py tests/ops/test_bad_input.py)
+tests=(tests/ops/test_latent_attention.py tests/ops/test_latent_attention_decode.py tests/ops/test_latent_attention_packed.py
+  tests/ops/test_mask_ranges.py tests/ops/test_pack_rows.py tests/ops/test_rope_and_append.py tests/ops/test_bad_input.py)
 
 say() { printf '\n== %s\n' "$*"; }
 
