@@ -30,7 +30,7 @@ def peak_bytes() -> int:
 def keep_freed_memory() -> None:
     """Let memory of a tensor that is gone serve the next one, where malloc is glibc's.
 
-    By default what is larger than a megabyte or so goes back to the system and comes again page by page, which was a twelfth of
+    By default what is larger than a megabyte or so goes back to the system and comes again page by page, which was a tenth of
     the time of a conversion. MALLOC_* and GLIBC_TUNABLES of the environment stay the user's.
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
 
 
 class FreedMemory:
-    """Gives freed pages back to the system where they add up.
+    """Gives freed pages back to the system where they add up, beginning with those that there are.
 
     The C library keeps them between what lives on, and with the depth of a model they become more than its work takes
     (benchmarks/bench_calibrated.py --part memory). Giving them back at every layer makes each layer take all of its memory anew.
@@ -50,6 +50,7 @@ class FreedMemory:
 
     def __init__(self) -> None:
         self._first: int | None = None
+        _give_back()
 
     def look(self) -> None:
         """To be called where as much is in use as at every other call."""
@@ -59,9 +60,13 @@ class FreedMemory:
         if self._first is None:
             self._first = held
         elif held > self._first + _MOST_GROWTH:
-            trim = _of_c_library("malloc_trim")
-            if trim is not None:
-                trim(0)
+            _give_back()
+
+
+def _give_back() -> None:
+    trim = _of_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def _of_c_library(name: str) -> Callable[..., int] | None:

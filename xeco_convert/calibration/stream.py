@@ -201,7 +201,6 @@ class SourceStream:
         self._device = device
         self._reader = TensorReader(source.index)
         self._config = source.runnable_config()
-        self._freed = FreedMemory()
         with torch.device("meta"):
             from transformers import AutoModel
 
@@ -214,6 +213,7 @@ class SourceStream:
         """Each layer with the hidden states before it, of all windows or of the first alone. The view's tensors are valid until
         the next one is asked for."""
         hidden, source, family = self._embedded()[:num_windows], self._source, self._source.family
+        freed = FreedMemory()
         for number in range(source.geometry.num_hidden_layers):
             cos, sin = self._tables.whole_heads(number)
             view = LayerView(
@@ -238,7 +238,7 @@ class SourceStream:
             yield view
             hidden = view.outputs
             view.layer.to("meta")
-            self._freed.look()
+            freed.look()
 
     def output_head(self) -> OutputHead:
         """What follows the last layer: final norm, vocabulary projection, and scale or cap of the logits."""
