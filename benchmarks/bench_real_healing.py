@@ -16,8 +16,9 @@ import multiprocessing
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -136,15 +137,23 @@ def has_point(file: Path | None, name: str, tokens: int) -> bool:
 
 
 def add_point(file: Path | None, case: Case, facts: dict[str, Any], point: dict[str, Any]) -> None:
-    """Into the file, which several processes write."""
+    """Into the file."""
+    with changed(file) as results:
+        row = results["rows"].setdefault(case.name, {**asdict(case), **facts, "points": []})
+        others = [each for each in row["points"] if each["tokens"] != point["tokens"]]
+        row["points"] = sorted([*others, {**point, "machine": machine_facts()}], key=lambda each: each["tokens"])
+
+
+@contextmanager
+def changed(file: Path | None) -> Iterator[dict[str, Any]]:
+    """What the file holds, to be changed and written again; several processes may do so."""
     if file is None:
+        yield {"rows": {}}
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         results = read_results(file) or {"benchmark": "real healing", "rows": {}}
-        row = results["rows"].setdefault(case.name, {**asdict(case), **facts, "points": []})
-        others = [each for each in row["points"] if each["tokens"] != point["tokens"]]
-        row["points"] = sorted([*others, {**point, "machine": machine_facts()}], key=lambda each: each["tokens"])
+        yield results
         write_json(file, results)
 
 
@@ -180,7 +189,10 @@ def run(options: argparse.Namespace) -> int:
     """All rows; the exit code."""
     cases = select([case for case in all_cases() if case.method != "sampled"], options.rows)
     if options.source:
-        print(f"source: {json.dumps(measure(options.checkpoint, options))}", flush=True)
+        figures = measure(options.checkpoint, options)
+        print(f"source: {json.dumps(figures)}", flush=True)
+        with changed(options.json) as results:
+            results["source"] = {**figures, "machine": machine_facts()}
     if options.at_once > 1:
         # forked: the imports, which take the longest to start, are made once; nothing has touched CUDA here
         with ProcessPoolExecutor(options.at_once, mp_context=multiprocessing.get_context("fork")) as pool:

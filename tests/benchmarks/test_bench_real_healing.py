@@ -87,8 +87,10 @@ def test_points_are_kept_one_by_one_and_not_measured_again(
     assert "50%/paper/12+4, 0 tokens: perplexity" in capfd.readouterr().out
     before = json.loads(results.read_text())["rows"]
     assert set(before) == {"50%/paper/12+4", "50%/transmla/12+4"}
-    assert main([*common, "--tokens", "0", "128", *heal]) == 0
+    assert main([*common, "--tokens", "0", "128", "--source", *heal]) == 0
     assert "50%/paper/12+4, 0 tokens" not in capfd.readouterr().out
+    source = json.loads(results.read_text())["source"]
+    assert source["fidelity"]["kl"] == 0 and set(source["tasks"]) == set(ROWS) and source["machine"]["torch"]
     for name, row in json.loads(results.read_text())["rows"].items():
         assert [point["tokens"] for point in row["points"]] == [0, 128]
         assert row["points"][0] == before[name]["points"][0] and row["kv_share"] == 0.5
