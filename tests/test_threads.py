@@ -13,18 +13,27 @@ PROBE = """
 import os, sys
 import click
 import {module}
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 from xeco_convert.commandline.run import run_command
 assert "torch" not in sys.modules, "torch is loaded before the command could say how its threads wait"
-run_command(click.Command("probe", callback=lambda: click.echo(os.environ["OMP_WAIT_POLICY"])), [], "probe")
+run_command(click.Command("probe", callback=lambda: click.echo(" ".join(map(str, map(os.environ.get, NAMES))))), [], "probe")
 """
 
 
 @pytest.mark.parametrize("module", ["xeco_convert.cli", "xeco_distill.cli"])
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(module: str, given: str | None, expected: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if given:
-        environment["OMP_WAIT_POLICY"] = given
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "passive 2000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    module: str, given: dict[str, str], expected: str
+) -> None:
+    own = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in own} | given
     command = [sys.executable, "-c", PROBE.format(module=module)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
