@@ -15,7 +15,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests with two threads, beside whatever else the machine does
+from xeco_convert.commandline.run import share_cores  # imports no torch
+
+share_cores()  # tests with two threads, beside whatever else the machine does
 # A run in the background (nohup, a script's &) has Ctrl-C turned off, which processes inherit: tests of interrupts need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

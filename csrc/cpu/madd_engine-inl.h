@@ -2,19 +2,12 @@
 // instruction (VPMADDWD), summed in int32. For processors without products of bytes (cpu/vnni_engine-inl.h): twice as
 // many products to an instruction as in float32, and tiles of half the size.
 //
-// The other factor, a query or the softmax weights of a tile, is rounded to integers of 15 bits in units of its largest
-// number / kLargest: a relative error of 3e-5, where codes of 8 bits have 2e-3. Codes are unsigned; what their middle
-// adds to each sum is taken off at the end:
-//
-//   sum over k of scale * (code_k - middle) * x_k = scale * (unit * sum of code_k * n_k - middle * unit * sum of n_k)
-//
-// A panel [depth][w] is stored as pairs [depth / 2][w][2], then w units, then w sums of its numbers.
+// The other factor has integers of 15 bits (cpu/code_blocks-inl.h). A panel [depth][w] is stored as pairs [depth /
+// 2][w][2], then w units, then w sums of its numbers.
 
 namespace xeco::XECO_ISA {
 
 static_assert(kLanes == 8, "AVX2 vectors");
-
-constexpr float kLargest = 127.0f * 128.0f;
 
 XECO_INLINE int64_t halves(int64_t depth) { return (depth + 1) / 2; }
 
@@ -66,79 +59,46 @@ struct Unit {
   }
 };
 
-// As gemm_block in cpu/gemm-inl.h, over codes: the two codes (i, k) lie at a + i * row_step + k * depth_step. C[i]
-// (+)= scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
-template <int kRows, int kVectors, bool kAhead>
-XECO_INLINE void pair_block(int64_t depth, const int16_t* a, int64_t row_step, int64_t depth_step, const PairPanel& b,
-                            float middle, const float* scales, float* c, bool accumulate, const Ahead& ahead) {
-  constexpr int64_t kWidth = kVectors * kLanes;
-  Vi sums[kRows][kVectors];
+struct PairProducts {
+  using Code = int16_t;
+  using Panel = PairPanel;
+
+  // As gemm_block in cpu/gemm-inl.h, over codes: the two codes (i, k) lie at a + i * row_step + k * depth_step. C[i]
+  // (+)= scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
+  template <int kRows, int kVectors, bool kAhead>
+  XECO_INLINE void block(int64_t depth, const int16_t* a, int64_t row_step, int64_t depth_step, const PairPanel& b,
+                         float middle, const float* scales, float* c, bool accumulate, const Ahead& ahead) {
+    constexpr int64_t kWidth = kVectors * kLanes;
+    Vi sums[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = Vi{};
-  for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (kAhead) ask_for(ahead, k, kRows);
-    Vi right[kVectors];
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = Vi{};
+    for (int64_t k = 0; k < depth; ++k) {
+      if constexpr (kAhead) ask_for(ahead, k, kRows);
+      Vi right[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) right[j] = load_int(b.pairs + k * kWidth + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) right[j] = load_int(b.pairs + k * kWidth + j * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vi left = two_codes(a + i * row_step + k * depth_step);
+      for (int i = 0; i < kRows; ++i) {
+        const Vi left = two_codes(a + i * row_step + k * depth_step);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += pair_products(left, right[j]);
+        for (int j = 0; j < kVectors; ++j) sums[i][j] += pair_products(left, right[j]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      const Vf unit = load(b.units + j * kLanes), of_middle = middle * load(b.sums + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        float* to = c + i * kWidth + j * kLanes;
+        Vf value = __builtin_convertvector(sums[i][j], Vf) * unit - of_middle;
+        if (scales != nullptr) value *= scales[i];
+        store(to, accumulate ? load(to) + value : value);
+      }
     }
   }
-#pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) {
-    const Vf unit = load(b.units + j * kLanes), of_middle = middle * load(b.sums + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      float* to = c + i * kWidth + j * kLanes;
-      Vf value = __builtin_convertvector(sums[i][j], Vf) * unit - of_middle;
-      if (scales != nullptr) value *= scales[i];
-      store(to, accumulate ? load(to) + value : value);
-    }
-  }
-}
-
-template <int kRows, int kVectors, bool kAhead>
-XECO_INLINE void pair_last_rows(int64_t rows, int64_t depth, const int16_t* a, int64_t row_step, int64_t depth_step,
-                                const PairPanel& b, float middle, const float* scales, float* c, bool accumulate,
-                                const Ahead& ahead) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows)
-      pair_block<kRows, kVectors, kAhead>(depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-    else
-      pair_last_rows<kRows - 1, kVectors, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c,
-                                                  accumulate, ahead);
-  }
-}
-
-template <int kVectors, bool kAhead>
-static void pair_rows(int64_t rows, int64_t depth, const int16_t* a, int64_t row_step, int64_t depth_step,
-                      const PairPanel& b, float middle, const float* scales, float* c, bool accumulate,
-                      const Ahead& ahead) {
-  constexpr int kRowBlock = kRowBlocks[kVectors];
-  constexpr int64_t kWidth = kVectors * kLanes;
-  const auto scales_from = [&](int64_t i) { return scales == nullptr ? nullptr : scales + i; };
-  int64_t i = 0;
-  for (; i + kRowBlock <= rows; i += kRowBlock)
-    pair_block<kRowBlock, kVectors, kAhead>(depth, a + i * row_step, row_step, depth_step, b, middle, scales_from(i),
-                                            c + i * kWidth, accumulate, ahead.from_row(i));
-  pair_last_rows<kRowBlock - 1, kVectors, kAhead>(rows - i, depth, a + i * row_step, row_step, depth_step, b, middle,
-                                                  scales_from(i), c + i * kWidth, accumulate, ahead.from_row(i));
-}
-
-template <bool kAhead = false>
-static void pair_product(int64_t rows, int64_t depth, const int16_t* a, int64_t row_step, int64_t depth_step,
-                         const PairPanel& b, int vectors, float middle, const float* scales, float* c, bool accumulate,
-                         const Ahead& ahead = {}) {
-  if (vectors == 1)
-    pair_rows<1, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-  else
-    pair_rows<2, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-}
+};
 
 // Bytes as integers of 16 bits, 16 at a time.
 XECO_INLINE __m256i widened(const uint8_t* from) {
@@ -236,10 +196,12 @@ struct MaddEngine {
   static void scores(const Tile& tile, int64_t rank, int64_t rope, const int32_t* latent, const int32_t* rotary,
                      int vectors, float* out, const NextTile& next = {}) {
     const int64_t width = vectors * kLanes;
-    pair_product<kAhead>(tile.tokens, halves(rank), tile.latent, tile.stride, 2, panel_at(latent, rank, width), vectors,
-                         middle_code(tile.latent_bits), tile.latent_scales, out, false, next.latent);
-    pair_product<kAhead>(tile.tokens, halves(rope), tile.rope, tile.stride, 2, panel_at(rotary, rope, width), vectors,
-                         middle_code(tile.rope_bits), tile.rope_scales, out, true, next.rope);
+    code_product<PairProducts, kAhead>(tile.tokens, halves(rank), tile.latent, tile.stride, 2,
+                                       panel_at(latent, rank, width), vectors, middle_code(tile.latent_bits),
+                                       tile.latent_scales, out, false, next.latent);
+    code_product<PairProducts, kAhead>(tile.tokens, halves(rope), tile.rope, tile.stride, 2,
+                                       panel_at(rotary, rope, width), vectors, middle_code(tile.rope_bits),
+                                       tile.rope_scales, out, true, next.rope);
   }
 
   // [tokens][w] float32 times the scales of the latents, as a panel over the tokens
@@ -266,9 +228,9 @@ struct MaddEngine {
   // [R][w] += latentsᵀ · panel
   static void add_weighted_latents(const Tile& tile, int64_t rank, int64_t, const int32_t* panel, int vectors,
                                    float* out) {
-    pair_product(rank, halves(tile.tokens), tile.columns, 2, 2 * tile.num_columns,
-                 panel_at(panel, tile.tokens, vectors * kLanes), vectors, middle_code(tile.latent_bits), nullptr, out,
-                 true);
+    code_product<PairProducts>(rank, halves(tile.tokens), tile.columns, 2, 2 * tile.num_columns,
+                               panel_at(panel, tile.tokens, vectors * kLanes), vectors, middle_code(tile.latent_bits),
+                               nullptr, out, true);
   }
 
   // A panel whose column m is row m: row_of(m) points to `depth` elements, null for a column of zeros.

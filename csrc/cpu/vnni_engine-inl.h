@@ -1,21 +1,15 @@
 // Products of rows of codes without widening them: four neighbouring codes times four bytes of the other factor in one
 // instruction (VPDPBUSD), summed in int32.
 //
-// The other factor, a query or the softmax weights of a tile, is rounded to integers of 15 bits in units of its largest
-// number / kLargest, and those are taken apart into two bytes: x = unit * (128 * high + low), |high| <= 127, |low|
-// <= 64. Its relative error of 3e-5 is far below that of the codes (2e-3 with 8 bits), and a sum of 512 products of two
-// bytes each fits into int32. (One byte would be faster by a seventh at 4 bits, and off by 1e-2.) Codes are unsigned;
-// what their middle adds to each sum is taken off at the end:
-//
-//   sum over k of scale * (code_k - middle) * x_k = scale * (unit * sum of code_k * n_k - middle * unit * sum of n_k)
+// The 15 bits of the other factor (cpu/code_blocks-inl.h) are taken apart into two bytes: x = unit * (128 * high +
+// low), |high| <= 127, |low| <= 64. A sum of 512 products of two bytes each fits into int32. (One byte would be faster
+// by a seventh at 4 bits, and off by 1e-2.)
 //
 // A panel [depth][w] is stored as two planes [depth / 4][w][4] of bytes, then w units, then w sums of its numbers.
 
 namespace xeco::XECO_ISA {
 
 static_assert(kLanes == 16, "AVX-512 vectors");
-
-constexpr float kLargest = 127.0f * 128.0f;
 
 XECO_INLINE int64_t quarters(int64_t depth) { return (depth + 3) / 4; }
 
@@ -64,90 +58,57 @@ XECO_INLINE void add_products(__m512i& sum, __m512i codes, __m512i bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(bytes));
 }
 
-// As gemm_block in cpu/gemm-inl.h, over codes: the four codes (i, k) lie at a + i * row_step + k * depth_step. C[i]
-// (+)= scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
-template <int kRows, int kVectors, bool kAhead>
-XECO_INLINE void code_block(int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step, const CodePanel& b,
-                            float middle, const float* scales, float* c, bool accumulate, const Ahead& ahead) {
-  constexpr int64_t kWidth = kVectors * kLanes;
-  __m512i sums[kRows][kVectors];
+struct ByteProducts {
+  using Code = uint8_t;
+  using Panel = CodePanel;
+
+  // As gemm_block in cpu/gemm-inl.h, over codes: the four codes (i, k) lie at a + i * row_step + k * depth_step. C[i]
+  // (+)= scales[i] * (unit * sum - middle * sum of the panel's numbers); without scales they are 1.
+  template <int kRows, int kVectors, bool kAhead>
+  XECO_INLINE void block(int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step, const CodePanel& b,
+                         float middle, const float* scales, float* c, bool accumulate, const Ahead& ahead) {
+    constexpr int64_t kWidth = kVectors * kLanes;
+    __m512i sums[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
 #pragma GCC unroll 2
-  for (int plane = 0; plane < 2; ++plane) {
-    const int32_t* panel = b.planes + plane * b.plane;
-    for (int64_t k = 0; k < depth; ++k) {
-      if (kAhead && plane == 0) ask_for(ahead, k, kRows);
-      __m512i right[kVectors];
+    for (int plane = 0; plane < 2; ++plane) {
+      const int32_t* panel = b.planes + plane * b.plane;
+      for (int64_t k = 0; k < depth; ++k) {
+        if (kAhead && plane == 0) ask_for(ahead, k, kRows);
+        __m512i right[kVectors];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(panel + k * kWidth + j * kLanes);
+        for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(panel + k * kWidth + j * kLanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const __m512i left = four_codes(a + i * row_step + k * depth_step);
+        for (int i = 0; i < kRows; ++i) {
+          const __m512i left = four_codes(a + i * row_step + k * depth_step);
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) add_products(sums[i][j], left, right[j]);
+          for (int j = 0; j < kVectors; ++j) add_products(sums[i][j], left, right[j]);
+        }
+      }
+      if (plane == 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_slli_epi32(sums[i][j], 7);
       }
     }
-    if (plane == 0) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_slli_epi32(sums[i][j], 7);
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512 unit = _mm512_loadu_ps(b.units + j * kLanes);
+      const __m512 of_middle = _mm512_mul_ps(_mm512_set1_ps(middle), _mm512_loadu_ps(b.sums + j * kLanes));
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        float* to = c + i * kWidth + j * kLanes;
+        __m512 value = _mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[i][j]), unit, of_middle);
+        if (scales != nullptr) value = _mm512_mul_ps(value, _mm512_set1_ps(scales[i]));
+        _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), value) : value);
+      }
     }
   }
-#pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) {
-    const __m512 unit = _mm512_loadu_ps(b.units + j * kLanes);
-    const __m512 of_middle = _mm512_mul_ps(_mm512_set1_ps(middle), _mm512_loadu_ps(b.sums + j * kLanes));
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      float* to = c + i * kWidth + j * kLanes;
-      __m512 value = _mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[i][j]), unit, of_middle);
-      if (scales != nullptr) value = _mm512_mul_ps(value, _mm512_set1_ps(scales[i]));
-      _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), value) : value);
-    }
-  }
-}
-
-template <int kRows, int kVectors, bool kAhead>
-XECO_INLINE void code_last_rows(int64_t rows, int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step,
-                                const CodePanel& b, float middle, const float* scales, float* c, bool accumulate,
-                                const Ahead& ahead) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows)
-      code_block<kRows, kVectors, kAhead>(depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-    else
-      code_last_rows<kRows - 1, kVectors, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c,
-                                                  accumulate, ahead);
-  }
-}
-
-template <int kVectors, bool kAhead>
-static void code_rows(int64_t rows, int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step,
-                      const CodePanel& b, float middle, const float* scales, float* c, bool accumulate,
-                      const Ahead& ahead) {
-  constexpr int kRowBlock = kRowBlocks[kVectors];
-  constexpr int64_t kWidth = kVectors * kLanes;
-  const auto scales_from = [&](int64_t i) { return scales == nullptr ? nullptr : scales + i; };
-  int64_t i = 0;
-  for (; i + kRowBlock <= rows; i += kRowBlock)
-    code_block<kRowBlock, kVectors, kAhead>(depth, a + i * row_step, row_step, depth_step, b, middle, scales_from(i),
-                                            c + i * kWidth, accumulate, ahead.from_row(i));
-  code_last_rows<kRowBlock - 1, kVectors, kAhead>(rows - i, depth, a + i * row_step, row_step, depth_step, b, middle,
-                                                  scales_from(i), c + i * kWidth, accumulate, ahead.from_row(i));
-}
-
-template <bool kAhead = false>
-static void code_product(int64_t rows, int64_t depth, const uint8_t* a, int64_t row_step, int64_t depth_step,
-                         const CodePanel& b, int vectors, float middle, const float* scales, float* c, bool accumulate,
-                         const Ahead& ahead = {}) {
-  if (vectors == 1)
-    code_rows<1, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-  else
-    code_rows<2, kAhead>(rows, depth, a, row_step, depth_step, b, middle, scales, c, accumulate, ahead);
-}
+};
 
 // Which of the next 64 numbers a plane reaches that has `bytes` left.
 XECO_INLINE uint64_t reached_by(int64_t bytes) {
@@ -265,10 +226,12 @@ struct VnniEngine {
   static void scores(const Tile& tile, int64_t rank, int64_t rope, const int32_t* latent, const int32_t* rotary,
                      int vectors, float* out, const NextTile& next = {}) {
     const int64_t width = vectors * kLanes;
-    code_product<kAhead>(tile.tokens, quarters(rank), tile.latent, tile.stride, 4, panel_at(latent, rank, width),
-                         vectors, middle_code(tile.latent_bits), tile.latent_scales, out, false, next.latent);
-    code_product<kAhead>(tile.tokens, quarters(rope), tile.rope, tile.stride, 4, panel_at(rotary, rope, width), vectors,
-                         middle_code(tile.rope_bits), tile.rope_scales, out, true, next.rope);
+    code_product<ByteProducts, kAhead>(tile.tokens, quarters(rank), tile.latent, tile.stride, 4,
+                                       panel_at(latent, rank, width), vectors, middle_code(tile.latent_bits),
+                                       tile.latent_scales, out, false, next.latent);
+    code_product<ByteProducts, kAhead>(tile.tokens, quarters(rope), tile.rope, tile.stride, 4,
+                                       panel_at(rotary, rope, width), vectors, middle_code(tile.rope_bits),
+                                       tile.rope_scales, out, true, next.rope);
   }
 
   // [tokens][w] float32 times the scales of the latents, as a panel over the tokens
@@ -307,9 +270,9 @@ struct VnniEngine {
   // [R][w] += latentsᵀ · panel
   static void add_weighted_latents(const Tile& tile, int64_t rank, int64_t, const int32_t* panel, int vectors,
                                    float* out) {
-    code_product(rank, quarters(tile.tokens), tile.columns, 4, 4 * tile.num_columns,
-                 panel_at(panel, tile.tokens, vectors * kLanes), vectors, middle_code(tile.latent_bits), nullptr, out,
-                 true);
+    code_product<ByteProducts>(rank, quarters(tile.tokens), tile.columns, 4, 4 * tile.num_columns,
+                               panel_at(panel, tile.tokens, vectors * kLanes), vectors, middle_code(tile.latent_bits),
+                               nullptr, out, true);
   }
 
   // A panel whose column m is row m: row_of(m) points to `depth` elements, null for a column of zeros.

@@ -70,11 +70,11 @@ def latent_attention_packed(
     """`latent_attention` where c_kv and k_rope are rows of codes, as `packed_rows.pack_rows` makes them.
 
     c_kv uint8 [B, T, R · latent_bits / 8 + 2] and k_rope uint8 [B, T, P · rope_bits / 8 + 2], bits 8 or 4 each, or bit
-    planes (6, 5, 3, 2, or how many numbers each of two to seven planes reaches); R and P even at 4 bits, multiples of 8 else;
-    any strides, the last dimension dense. Rows of the cache stay codes: the kernels widen a tile of tokens at a time, or
-    multiply bytes where the processor can (AVX-512 VNNI), which rounds queries and softmax weights to 15 bits of their largest
-    number (relative error 3e-5). On a GPU codes are exact in the dtype of the queries, and scales stay float32. Everything else
-    as in `latent_attention`, without gradients; raises `ValueError` where one would be needed.
+    planes (6, 5, 3, 2, or how many numbers each of two to seven planes reaches); R and P even at 4 bits, multiples of 8 in
+    planes; any strides, the last dimension dense. Rows of the cache stay codes: the kernels widen a tile of tokens at a time, or
+    multiply integers where that is faster (AVX2, AVX-512 VNNI), which rounds queries and softmax weights to 15 bits of their
+    largest number (relative error 3e-5). On a GPU codes are exact in the dtype of the queries, and scales stay float32.
+    Everything else as in `latent_attention`, without gradients; raises `ValueError` where one would be needed.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_latent, q_rope)):
         raise ValueError(f"{_OP}: has no gradient: expected torch.no_grad() or detached inputs")

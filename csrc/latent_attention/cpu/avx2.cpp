@@ -12,6 +12,7 @@
 #include "cpu/target_begin-inl.h"
 #include "latent_attention/cpu/isa-inl.h"
 #include "latent_attention/cpu/wide_kernels-inl.h"
+#include "cpu/code_blocks-inl.h"
 #include "cpu/madd_engine-inl.h"
 #include "cpu/target_end-inl.h"
 

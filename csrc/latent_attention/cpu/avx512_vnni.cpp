@@ -11,6 +11,7 @@
 #define XECO_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
 #include "cpu/target_begin-inl.h"
 #include "latent_attention/cpu/isa-inl.h"
+#include "cpu/code_blocks-inl.h"
 #include "cpu/vnni_engine-inl.h"
 #include "cpu/target_end-inl.h"
 
