@@ -2,8 +2,9 @@
 // instruction (VPMADDWD), summed in int32. For processors without products of bytes (cpu/vnni_engine-inl.h): twice as
 // many products to an instruction as in float32, and tiles of half the size.
 //
-// The other factor has integers of 15 bits (cpu/code_blocks-inl.h). A panel [depth][w] is stored as pairs [depth /
-// 2][w][2], then w units, then w sums of its numbers.
+// The other factor has integers of 15 bits (cpu/code_blocks-inl.h).
+//
+// A panel [depth][w] is stored as pairs [depth / 2][w][2], then w units, then w sums of its numbers.
 
 namespace xeco::XECO_ISA {
 
